@@ -1,0 +1,19 @@
+"""The two ways in which slurmkit gives up, and the exit codes that tell them apart."""
+
+from __future__ import annotations
+
+
+class SlurmkitError(Exception):
+    """Anything that ends a command with one message and no traceback."""
+
+    exit_code = 1
+
+
+class UserError(SlurmkitError):
+    """The user can put it right: a key, a value, a path, a flag. Exit code 2."""
+
+    exit_code = 2
+
+
+class Failure(SlurmkitError):
+    """Something outside gave way: sbatch refused, a process died, a deadline passed. Exit code 1."""

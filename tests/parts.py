@@ -1,0 +1,36 @@
+"""What the tests need from the machine. A missing part skips on a laptop and fails under CI=true."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def missing(reason: str) -> None:
+    """Skip the test, or fail it where every part must be there."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"under CI=true nothing may be missing: {reason}")
+    pytest.skip(reason)
+
+
+def need_shared_data(relative: str) -> Path:
+    """A file of ../shared/data, which the project does not ship."""
+    path = SHARED_DATA / relative
+    if not path.exists():
+        missing(f"needs {path}")
+    return path
+
+
+def need_slurm() -> None:
+    """Root and Debian's Slurm: what scripts/devcluster needs."""
+    if os.geteuid() != 0:
+        missing("a development cluster needs root")
+    for program in ("slurmctld", "slurmd", "munged", "ip", "unshare"):
+        if shutil.which(program) is None:
+            missing(f"{program} is not installed (scripts/test installs it as root on Debian)")
