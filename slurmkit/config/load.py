@@ -1,0 +1,104 @@
+"""A training configuration from its YAML file, the files it builds on, and overrides on the command line.
+
+Composition follows NeMo RL: `defaults:` names one parent file or a list of them, relative to the file, merged depth
+first. Overrides are written in Hydra's grammar. As the schema knows every key, `key=value`, `+key=value` and
+`++key=value` all set a key and none can create an unknown one; `~key` puts the default back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slurmkit.config.schema import TrainConfig
+from slurmkit.config.source import Key, Source, merge, read_yaml
+from slurmkit.config.validate import validate
+from slurmkit.errors import UserError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read, compose, override, resolve interpolations and validate. UserError names key, value and place."""
+    source = _compose(path.absolute(), ())
+    for override in overrides:
+        _apply(source, override)
+    return validate(TrainConfig, _resolve(source, path))
+
+
+def _compose(path: Path, children: tuple[Path, ...]) -> Source:
+    if path in children:
+        raise UserError(f"{path}: `defaults` leads back to the file itself: {' -> '.join(map(str, children))}")
+    source = read_yaml(path)
+    parents = source.data.pop("defaults", [])
+    if isinstance(parents, str):
+        parents = [parents]
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(
+            f"{source.origins[('defaults',)]}: `defaults` must be a file name or a list of them, not {parents!r}"
+        )
+    return merge([*(_compose((path.parent / parent).resolve(), (*children, path)) for parent in parents), source])
+
+
+def _apply(source: Source, text: str) -> None:
+    # Hydra takes 0.2 s to import, and most commands carry no override.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the override {text!r} is not Hydra's key=value: {reason}; quote values that hold spaces, commas or "
+            "brackets: key='\"a, b\"'"
+        ) from None
+    key: Key = tuple(override.key_or_group.split("."))
+    origin = f"command line: {text}"
+    if override.is_sweep_override():
+        raise UserError(f"the override {text!r} is a sweep over several values; give one value, or a list: [1,2]")
+    parent: Any = source.data
+    for depth, part in enumerate(key[:-1], 1):
+        if not isinstance(parent.get(part), dict):
+            parent[part] = {}
+            source.origins[key[:depth]] = origin
+        parent = parent[part]
+    if override.is_delete():
+        if key[-1] not in parent:
+            raise UserError(f"the override {text!r} removes a key that the configuration does not set")
+        del parent[key[-1]]
+        return
+    parent[key[-1]] = override.value()
+    for inner in [known for known in source.origins if known[: len(key)] == key]:
+        del source.origins[inner]
+    source.origins[key] = origin
+
+
+def _resolve(source: Source, path: Path) -> Source:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # The resolvers of NeMo RL's configurations, and the folder of the configuration itself.
+    for name, resolver in {
+        "add": lambda *terms: sum(terms),
+        "mul": lambda left, right: left * right,
+        "div": lambda left, right: left / right,
+        "max": lambda *terms: max(terms),
+        "config_dir": lambda: str(path.absolute().parent),
+    }.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+    try:
+        config = OmegaConf.create(source.data)
+        unset = sorted(OmegaConf.missing_keys(config))
+        if unset:
+            raise UserError(
+                "\n".join(
+                    f"{key} must be given ({source.origins.get(tuple(key.split('.')), path)} leaves it open with "
+                    f"???): add {key}=VALUE"
+                    for key in unset
+                )
+            )
+        data = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
+    assert isinstance(data, dict)
+    return Source({str(key): value for key, value in data.items()}, source.origins)

@@ -1,0 +1,92 @@
+"""From plain data to a typed model, with one message that names every problem, its place and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from slurmkit.config.source import Key, Source
+from slurmkit.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], source: Source) -> Model:
+    """Build `model` from a merged source. UserError lists all problems, one line each."""
+    try:
+        return model.model_validate(source.data)
+    except ValidationError as error:
+        problems = [_describe(model, source, dict(problem)) for problem in error.errors(include_url=False)]
+    raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _describe(model: type[BaseModel], source: Source, problem: dict[str, Any]) -> str:
+    key = _written_key(source.data, problem["loc"])
+    name = ".".join(key)
+    origin = origin_of(source, key)
+    place = f" ({origin})" if origin else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {name}{place}{_nearest(name, model)}"
+    if problem["type"] == "missing":
+        return f"{name} is missing: it must be given"
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"{name}: {message}{place}" if name else message
+    message = problem["msg"].removeprefix("Input ")
+    return f"{name}: {message}, not {_shown(problem['input'])}{place}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _written_key(data: Any, location: tuple[int | str, ...]) -> Key:
+    """pydantic's location without the names of union members, which nobody wrote."""
+    key: list[str] = []
+    for depth, part in enumerate(location):
+        is_last = depth == len(location) - 1
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif not (is_last and isinstance(data, dict)):
+            continue
+        key.append(str(part))
+    return tuple(key)
+
+
+def origin_of(source: Source, key: Key) -> str | None:
+    """Where a key was written; for a key below the last written one, its nearest parent's place."""
+    while key:
+        if key in source.origins:
+            return source.origins[key]
+        key = key[:-1]
+    return None
+
+
+def _nearest(name: str, model: type[BaseModel]) -> str:
+    known = list(known_keys(model))
+    last = name.rpartition(".")[2]
+    by_last_part = [key for key in known if key.rpartition(".")[2] == last]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or by_last_part[:1]
+    nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; the nearest known key is {nearest[0]}" if nearest else ""
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a model tree, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for nested in _models_in(field.annotation):
+            yield from known_keys(nested, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
