@@ -1,0 +1,22 @@
+"""From env.name to the domain it means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slurmkit.config.schema import TrainConfig
+from slurmkit.envs.arithmetic import Arithmetic
+from slurmkit.envs.environment import Domain
+from slurmkit.envs.math import Math
+
+
+def make_domain(config: TrainConfig) -> Domain:
+    """The domain that the configuration names, its tasks read. UserError for data that cannot be used."""
+    match config.env.name:
+        case "arithmetic":
+            return Arithmetic(config.env.arithmetic, config.grpo.seed)
+        case "math":
+            train, validation = config.data.train.data_path, config.data.validation.data_path
+            assert train is not None  # the schema has seen to it
+            assert validation is not None
+            return Math(config.env.math, Path(train), Path(validation))

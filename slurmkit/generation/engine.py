@@ -1,0 +1,61 @@
+"""What an engine is asked and what it answers: tokens in, tokens out. Nothing here knows a loss or an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from slurmkit.generation.weights import Weights
+
+FinishReason = Literal["stop", "length", "prompt_too_long"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one completion is drawn. Its tokens follow from `seed` alone, whoever shares the batch.
+
+    `temperature` 0 takes the likeliest token; logprobs are then those of temperature 1.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to draw."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion: the sampled tokens, the end-of-sequence token kept, and nothing after it.
+
+    `logprobs` are natural logarithms under the distribution that was sampled from, temperature included, in float32.
+    `weight_version` counts the updates that the weights had seen.
+
+    Example: Completion(token_ids=(49, 50, 257), logprobs=(-0.3, -1.2, -0.01), finish_reason="stop", weight_version=4)
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens with {len(self.logprobs)} logprobs")
+
+
+class Engine(Protocol):
+    """Text generation on one node."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in the same order. A prompt that does not fit is a finish reason."""
+
+    def load(self, weights: Weights) -> None:
+        """Take over new weights. ValueError where they are not this model's; then nothing has changed."""

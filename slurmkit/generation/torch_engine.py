@@ -1,0 +1,147 @@
+"""The embedded engine: batched sampling through transformers' own forward pass, with a KV cache.
+
+For machines without vLLM, for models small enough that a Python loop per token does not matter, and as the exact
+reference for other engines.
+
+Shapes: B rows still sampling, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from slurmkit.generation.engine import Completion, FinishReason, Request
+from slurmkit.generation.weights import Weights, check_manifest
+
+
+@dataclass(slots=True)
+class _Row:
+    """One request while it is sampled."""
+
+    request: Request
+    budget: int
+    rng: numpy.random.Generator
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class TorchEngine:
+    """An `Engine` in this process."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        precision: str,
+        max_total_length: int,
+        max_batch_size: int,
+        weight_version: int = 0,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Load model and tokenizer from a folder. `max_total_length` counts prompt and completion, in tokens."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        disable_progress_bar()
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, precision)).to(device)
+        self._model.eval().requires_grad_(False)
+        self._eos_id = int(AutoTokenizer.from_pretrained(model_path).eos_token_id)
+        self._max_total_length = max_total_length
+        self._max_batch_size = max_batch_size
+        self._device = device
+        self._version = weight_version
+
+    def load(self, weights: Weights) -> None:
+        state = self._model.state_dict()
+        check_manifest(state, weights.tensors)
+        for name, tensor in weights.tensors.items():
+            state[name].copy_(tensor)
+        self._version = weights.version
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        completions: list[Completion | None] = [None] * len(requests)
+        # Prompts of like length share a batch, so that little of it is padding.
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
+        fitting = [index for index in order if len(requests[index].prompt_ids) < self._max_total_length]
+        for index in order[len(fitting) :]:
+            completions[index] = Completion((), (), "prompt_too_long", self._version)
+        for first in range(0, len(fitting), self._max_batch_size):
+            batch = fitting[first : first + self._max_batch_size]
+            for index, completion in zip(batch, self._sample([requests[i] for i in batch]), strict=True):
+                completions[index] = completion
+        return [completion for completion in completions if completion is not None]
+
+    @torch.inference_mode()
+    def _sample(self, requests: Sequence[Request]) -> list[Completion]:
+        rows = [
+            _Row(
+                request,
+                budget=min(request.sampling.max_new_tokens, self._max_total_length - len(request.prompt_ids)),
+                rng=numpy.random.default_rng(request.sampling.seed),
+            )
+            for request in requests
+        ]
+        # Left padding: every row's newest token is in the last column.
+        width = max(len(request.prompt_ids) for request in requests)
+        ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+        attended_BT = torch.zeros(len(rows), width, dtype=torch.long)
+        for b, request in enumerate(requests):
+            ids_BT[b, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
+            attended_BT[b, width - len(request.prompt_ids) :] = 1
+        ids_BT, attended_BT = ids_BT.to(self._device), attended_BT.to(self._device)
+        positions_BT = (attended_BT.cumsum(-1) - 1).clamp(min=0)
+        cache = None
+        sampling = rows
+        while True:
+            output = self._model(
+                input_ids=ids_BT,
+                attention_mask=attended_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            token_B = self._draw(output.logits[:, -1].float(), sampling)
+            unfinished = [b for b, row in enumerate(sampling) if self._reason(row) is None]
+            if not unfinished:
+                return [
+                    Completion(tuple(row.token_ids), tuple(row.logprobs), self._reason(row) or "stop", self._version)
+                    for row in rows
+                ]
+            if len(unfinished) < len(sampling):
+                kept = torch.tensor(unfinished, device=self._device)
+                cache.batch_select_indices(kept)
+                token_B, attended_BT, positions_BT = token_B[kept], attended_BT[kept], positions_BT[kept]
+                sampling = [sampling[b] for b in unfinished]
+            ids_BT = token_B[:, None]
+            attended_BT = torch.cat([attended_BT, torch.ones_like(ids_BT)], dim=1)
+            positions_BT = positions_BT[:, -1:] + 1
+
+    def _draw(self, logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
+        """Add one token to each row by inverting the cumulative distribution at the row's own uniform number."""
+        temperature_B = torch.tensor([row.request.sampling.temperature for row in rows], device=logits_BV.device)
+        greedy_B = temperature_B == 0
+        logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
+        uniform_B = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits_BV.device)
+        # In float64: in float32 the sum over a large vocabulary misses 1 by more than a rare token's probability.
+        cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+        target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+        sampled_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+        token_B = torch.where(greedy_B, logits_BV.argmax(-1), sampled_B.clamp(max=logits_BV.shape[-1] - 1))
+        logprob_B = logprobs_BV.gather(-1, token_B[:, None])[:, 0]
+        for row, token, logprob in zip(rows, token_B.tolist(), logprob_B.tolist(), strict=True):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+        return token_B
+
+    def _reason(self, row: _Row) -> FinishReason | None:
+        if row.token_ids and row.token_ids[-1] == self._eos_id:
+            return "stop"
+        return "length" if len(row.token_ids) >= row.budget else None

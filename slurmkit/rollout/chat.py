@@ -1,0 +1,50 @@
+"""Between messages and tokens, by the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from slurmkit.envs.environment import Message
+from slurmkit.errors import UserError
+
+
+class Chat:
+    """The tokenizer of one model."""
+
+    def __init__(self, model_path: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+        if self._tokenizer.chat_template is None:
+            raise UserError(f"policy.model_name: the tokenizer of {model_path} has no chat template")
+
+        # A group asks for the same prompt for each of its episodes.
+        self._prompt_ids = lru_cache(maxsize=4096)(self._render)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Tokens of a conversation up to where the model's reply begins.
+
+        By the template, never by encoding text: a tokenizer that adds its own special tokens to plain text would
+        train the model on prompts that nobody will ever send it.
+        """
+        return self._prompt_ids(tuple(messages))
+
+    def _render(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        return tuple(
+            self._tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+
+    def reply_text(self, token_ids: Sequence[int]) -> str:
+        """What the sampled tokens say, without special tokens."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def reply_ids(self, text: str) -> tuple[int, ...]:
+        """Tokens of a reply that somebody else wrote, with the token that ends it."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*ids, self._tokenizer.eos_token_id)
