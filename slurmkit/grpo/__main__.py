@@ -1,0 +1,42 @@
+"""`python -m slurmkit.grpo --config=PATH [key=value ...]`: train on the Ray that RAY_ADDRESS names, or a private one.
+
+Exit codes: 0 trained, 1 failure, 2 the user's mistake. Overrides follow Hydra's grammar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slurmkit.config import load_config
+from slurmkit.errors import SlurmkitError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the configuration, then train. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m slurmkit.grpo", description="Train a model with GRPO.")
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file; see examples/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in Hydra's grammar")
+    options = parser.parse_intermixed_args(arguments)
+    # Slurm ends a job with SIGTERM: leave by the way that stops Ray and removes what is temporary.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        config = load_config(options.config, options.overrides)
+        # After the configuration, as torch and ray take seconds to import and a typo should not.
+        from slurmkit.grpo.trainer import train
+
+        asyncio.run(train(config))
+    except SlurmkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Checkpoints: complete or not there, verified before they are used, and not more of them than asked for.
+
+    step_12/
+        manifest.json       SHA-256 of every other file
+        trainer.json        TrainerState
+        optimizer.pt        the optimiser's whole state, for any number of ranks
+        model/              Hugging Face format, with tokenizer: from_pretrained opens it
+
+There is no random state to save: every random choice follows from grpo.seed and the step it is made in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slurmkit.config.schema import Checkpointing
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """Where a run stands after `step`. `position` counts tasks drawn, `updates` optimiser steps made."""
+
+    step: int
+    position: int
+    updates: int
+    steps_without_signal: int
+    tasks_digest: str
+    metrics: Mapping[str, float]
+
+
+class Checkpoints:
+    """The step_N/ of one run directory."""
+
+    def __init__(self, run_directory: Path, config: Checkpointing) -> None:
+        self._run_directory = run_directory
+        self._config = config
+
+    async def save(self, state: TrainerState, write: Callable[[Path], Awaitable[None]], tokenizer: Path) -> Path:
+        """Write step_N beside its place, rename it, then let go of what need not be kept.
+
+        `write` puts the model and the optimiser into the folder it is given; the tokenizer is copied from `tokenizer`.
+        """
+        folder = self._run_directory / f"step_{state.step}"
+        unfinished = self._run_directory / f".step_{state.step}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "model").mkdir(parents=True)
+        await write(unfinished)
+        for file in tokenizer.iterdir():
+            if file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+                shutil.copy(file, unfinished / "model")
+        (unfinished / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
+        (unfinished / "manifest.json").write_text(json.dumps(_digests(unfinished), indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged when the run was taken up again
+        os.replace(unfinished, folder)
+        self._prune()
+        return folder
+
+    def newest_good(self, say: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
+        """The newest checkpoint whose files are what was written. `say` hears of each one that is passed over."""
+        for folder in reversed(self._all()):
+            problem = _problem(folder)
+            if problem is None:
+                return folder, _state(folder)
+            say(f"{folder} is damaged and passed over: {problem}")
+        return None
+
+    def _all(self) -> list[Path]:
+        """Oldest first."""
+        found = [path for path in self._run_directory.glob("step_*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]))
+
+    def _prune(self) -> None:
+        folders, keep = self._all(), self._config.keep_top_k
+        if keep is None:
+            return
+        # Of equally good ones the newer is better: it has seen more.
+        ranked = sorted(folders, key=lambda folder: (self._value(folder), int(folder.name[5:])), reverse=True)
+        for folder in ranked[keep:]:
+            if folder != folders[-1]:
+                shutil.rmtree(folder)
+
+    def _value(self, folder: Path) -> float:
+        name = self._config.metric_name
+        if name is None:
+            return 0.0
+        try:
+            value = _state(folder).metrics.get(name, float("-inf"))
+        except (OSError, ValueError, TypeError):
+            return float("-inf")  # a damaged one is the first to go
+        return value if self._config.higher_is_better else -value
+
+
+def _state(folder: Path) -> TrainerState:
+    return TrainerState(**json.loads((folder / "trainer.json").read_text()))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
+            with path.open("rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None where all is well."""
+    try:
+        written = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read: {error}"
+    found = _digests(folder)
+    for name, digest in written.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not what was written: its SHA-256 differs from manifest.json"
+    return None

@@ -1,0 +1,111 @@
+"""The trainer's place in Ray: a connection, and one policy rank and one engine for every device."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from slurmkit.config.schema import TrainConfig
+from slurmkit.errors import Failure
+from slurmkit.generation.actors import Actor
+from slurmkit.generation.torch_engine import TorchEngine
+from slurmkit.grpo.policy import Policy, PolicyWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One node's part of the placement group."""
+
+    index: int
+    address: str
+
+
+@contextmanager
+def ray_connection() -> Iterator[None]:
+    """Join the Ray that RAY_ADDRESS names, or run a private one on this machine for as long as the context lasts."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", logging_level=logging.ERROR)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # Ray puts Unix sockets below this folder, whose paths may have 107 characters at most.
+    folder = tempfile.mkdtemp(prefix="slurmkit-", dir="/tmp")
+    try:
+        # "local" never joins a Ray that somebody else runs on this machine.
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=folder)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> tuple[Policy, list[Actor]]:
+    """Policy ranks and engines on all nodes, both ordered by (node, device). Failure where Ray has no room."""
+    group, bundles = _reserve(config)
+    per_node = config.ranks_per_node
+    threads = max(1, len(os.sched_getaffinity(0)) // per_node)
+    # A node may register a single CPU; what limits threads is `threads`.
+    share = {"num_cpus": 0.5 / per_node, "num_gpus": 0.5 if config.cluster.gpus_per_node else 0}
+    ranks, engines, addresses = [], [], []
+    for rank in range(config.num_ranks):
+        bundle = bundles[rank // per_node]
+        options = {
+            **share,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),
+        }
+        worker = ray.remote(PolicyWorker).options(**options).remote(config, rank, config.num_ranks, threads)
+        engine = (
+            ray.remote(TorchEngine)
+            .options(**options)
+            .remote(
+                str(model_path),
+                precision=config.policy.precision,
+                max_total_length=config.policy.max_total_sequence_length,
+                max_batch_size=config.policy.generation.max_batch_size,
+                weight_version=weight_version,
+                threads=threads,
+                device="cuda" if config.cluster.gpus_per_node else "cpu",
+            )
+        )
+        timeout = config.cluster.call_timeout_seconds
+        ranks.append(Actor(f"policy rank {rank} on node {bundle.address}", worker, timeout))
+        engines.append(Actor(f"engine {rank} on node {bundle.address}", engine, timeout))
+        addresses.append(bundle.address)
+    return Policy(ranks, addresses), engines
+
+
+def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:
+    """One bundle per node, in the order of the nodes' addresses."""
+    nodes, gpus = config.cluster.num_nodes, config.cluster.gpus_per_node
+    bundle = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+    group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
+    if not group.wait(config.cluster.placement_timeout_seconds):
+        alive = [node["Resources"] for node in _nodes() if node["Alive"]]
+        has = "; ".join(f"{found.get('CPU', 0):g} CPU, {found.get('GPU', 0):g} GPU" for found in alive)
+        raise Failure(
+            f"no room for the run after {config.cluster.placement_timeout_seconds:g} s: it asks for {nodes} node(s) "
+            f"with 1 CPU and {gpus} GPU each (cluster.num_nodes, cluster.gpus_per_node); Ray has {len(alive)} "
+            f"node(s): {has}"
+        )
+    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes()}
+    placed = placement_group_table(group)["bundles_to_node_id"]
+    bundles = [Bundle(index, address_of[node]) for index, node in placed.items()]
+    return group, sorted(bundles, key=lambda found: ipaddress.ip_address(found.address))
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return list(ray.nodes())  # type: ignore[no-untyped-call]

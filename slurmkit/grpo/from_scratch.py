@@ -1,0 +1,134 @@
+"""A tiny model that knows the form of an answer and little more, so that a run needs nothing from the network.
+
+Qwen3's architecture with a byte tokenizer, trained for some seconds on the environment's demonstrations. Those are
+sometimes right: reinforcement learning strengthens what happens, so something right has to happen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from slurmkit.config.schema import FromScratch, TrainConfig
+from slurmkit.envs.environment import Domain, Message
+from slurmkit.errors import UserError
+from slurmkit.grpo.loss import token_logprobs
+from slurmkit.grpo.metrics import say
+from slurmkit.rollout.chat import Chat
+
+_END = "<|end|>"
+_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}" + _END + "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_WARM_UP_STEPS = 20
+
+
+def starting_model(config: TrainConfig, domain: Domain, run_directory: Path) -> Path:
+    """The folder of the model that training starts from. UserError where there is no such model."""
+    sizes, name = config.policy.from_scratch, config.policy.model_name
+    if sizes is not None:
+        folder = run_directory / "model"
+        say(f"making a model in {folder}: {sizes.supervised_steps} supervised steps")
+        limit = config.policy.max_total_sequence_length
+        make_model(folder, sizes, domain, max_length=limit, seed=config.grpo.seed)
+        return folder
+    assert name is not None  # the schema has seen to it
+    if Path(name).is_dir():
+        return Path(name).absolute()
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"policy.model_name: {name!r} is no folder and cannot be had from the hub: {reason}") from None
+
+
+def make_model(folder: Path, sizes: FromScratch, domain: Domain, *, max_length: int, seed: int) -> None:
+    """Write model and tokenizer to `folder`, which `from_pretrained` opens; it is complete or not there.
+
+    The same sizes, domain and seed give the same weights on the same machine.
+    """
+    disable_progress_bar()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizer = _byte_tokenizer()
+    tokenizer.save_pretrained(unfinished)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                # Kernels like multiples of 8.
+                vocab_size=-(-len(tokenizer) // 8) * 8,
+                hidden_size=sizes.hidden_size,
+                num_hidden_layers=sizes.num_hidden_layers,
+                num_attention_heads=sizes.num_attention_heads,
+                num_key_value_heads=sizes.num_key_value_heads,
+                head_dim=sizes.hidden_size // sizes.num_attention_heads,
+                intermediate_size=sizes.intermediate_size,
+                max_position_embeddings=max_length,
+                # Input and output embeddings of a model this small do better apart.
+                tie_word_embeddings=False,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    _supervise(model, Chat(unfinished), sizes, domain, max_length=max_length, seed=seed)
+    model.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def _byte_tokenizer() -> Any:
+    # One token per byte, in the printable stand-ins that byte-level tokenizers use.
+    vocabulary = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=_END,
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=_TEMPLATE,
+    )
+
+
+def _supervise(model: Any, chat: Chat, sizes: FromScratch, domain: Domain, *, max_length: int, seed: int) -> None:
+    """Next-token prediction on demonstrated replies, the prompt given."""
+    rng = Random(f"demonstrations {seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.supervised_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(sizes.supervised_steps):
+        rows = []
+        for task in rng.choices(domain.train_tasks, k=sizes.supervised_batch_size):
+            prompt = chat.prompt_ids((Message("user", task.question),))
+            rows.append((prompt, chat.reply_ids(domain.demonstrate(task, rng))))
+        # A prompt as long as the context leaves nothing to learn from.
+        rows = [(prompt, reply) for prompt, reply in rows if len(prompt) + len(reply) <= max_length]
+        if not rows:
+            continue
+        width = max(len(prompt) + len(reply) for prompt, reply in rows)
+        ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
+        counts_BT = torch.zeros(len(rows), width)
+        for b, (prompt, reply) in enumerate(rows):
+            ids_BT[b, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+            counts_BT[b, len(prompt) : len(prompt) + len(reply)] = 1
+        # Padding on the right needs no attention mask: nothing that counts comes after it.
+        logprobs_BT = token_logprobs(model(input_ids=ids_BT, use_cache=False).logits, ids_BT, temperature=1.0)
+        loss = -(logprobs_BT * counts_BT).sum() / counts_BT.sum()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            warm_up = min(1.0, (step + 1) / _WARM_UP_STEPS)
+            group["lr"] = sizes.supervised_lr * warm_up * (1 - 0.9 * step / sizes.supervised_steps)
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,58 @@
+"""Redraws the run's plots beside the training, in a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from slurmkit.grpo.metrics import say
+
+_TIMEOUT_SECONDS = 120.0
+
+
+class Plots:
+    """Used as a context, which ends with one drawing of everything that was logged."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._run_directory = run_directory
+        self._drawing: asyncio.Task[None] | None = None
+
+    def redraw(self) -> None:
+        """Start drawing and return at once. While one drawing goes on no other is started: a later one sees more."""
+        if self._drawing is None or self._drawing.done():
+            self._drawing = asyncio.create_task(self._draw())
+
+    async def _draw(self) -> None:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "slurmkit.report",
+            str(self._run_directory),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            _, errors = await asyncio.wait_for(child.communicate(), _TIMEOUT_SECONDS)
+        except BaseException:
+            child.kill()
+            await child.wait()
+            raise
+        if child.returncode:
+            # A run is not worth less for a plot that could not be drawn; metrics.jsonl has it all.
+            say(f"the plots could not be drawn: {errors.decode(errors='replace').strip().splitlines()[-1]}")
+
+    async def __aenter__(self) -> Plots:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._drawing is None:
+            return
+        try:
+            await self._drawing
+            await self._draw()
+        except TimeoutError:
+            say(f"the plots could not be drawn within {_TIMEOUT_SECONDS:g} s")

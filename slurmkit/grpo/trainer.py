@@ -1,0 +1,214 @@
+"""The GRPO loop, on the driver."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurmkit.config.schema import TrainConfig
+from slurmkit.envs.domains import make_domain
+from slurmkit.envs.environment import Domain
+from slurmkit.envs.tasks import TaskOrder
+from slurmkit.errors import Failure, UserError
+from slurmkit.generation.pool import EnginePool
+from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
+from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
+from slurmkit.grpo.cluster import ray_connection, start_actors
+from slurmkit.grpo.credit import credit
+from slurmkit.grpo.from_scratch import starting_model
+from slurmkit.grpo.metrics import RunLog, say, timed
+from slurmkit.grpo.plots import Plots
+from slurmkit.grpo.policy import Policy
+from slurmkit.rollout.chat import Chat
+from slurmkit.rollout.collect import Group, Sampling, collect
+
+# Apart in the seed, so that validation draws the same random numbers every time it is run.
+_TRAINING, _VALIDATION = 0, 1
+
+
+async def train(config: TrainConfig) -> None:
+    """Run, or go on with, the training that `config` describes.
+
+    Raises UserError for data or a model that cannot be used, Failure where an actor died, a deadline passed or no
+    group carried signal for too long.
+    """
+    run_directory = Path(config.checkpointing.checkpoint_dir).absolute()
+    run_directory.mkdir(parents=True, exist_ok=True)
+    domain = make_domain(config)
+    checkpoints = Checkpoints(run_directory, config.checkpointing)
+    found = checkpoints.newest_good(say)
+    order = TaskOrder(domain.train_tasks, seed=config.grpo.seed, shuffle=config.data.shuffle)
+    last_step = min(
+        config.grpo.max_num_steps,
+        config.grpo.max_num_epochs * len(domain.train_tasks) // config.grpo.num_prompts_per_step,
+    )
+    if found is None:
+        checkpoint, model_path = None, starting_model(config, domain, run_directory)
+        state = TrainerState(0, 0, 0, 0, order.digest, {})
+    else:
+        checkpoint, state = found
+        model_path = checkpoint / "model"
+        say(f"going on after step {state.step}, from {checkpoint}")
+        if state.tasks_digest != order.digest:
+            raise UserError(f"{checkpoint} was trained on other tasks: give another checkpointing.checkpoint_dir")
+    order.position = state.position
+
+    chat = Chat(model_path)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(ray_connection())
+        policy, engines = start_actors(config, model_path, state.updates)
+        pool = await stack.enter_async_context(EnginePool(engines, config.policy.generation.max_batch_size))
+        await policy.start(model_path, checkpoint / "optimizer.pt" if checkpoint else None, state.updates)
+        resume_after = state.step if checkpoint else None
+        log = stack.enter_context(RunLog(run_directory, config, last_step=last_step, resume_after=resume_after))
+        plots = await stack.enter_async_context(Plots(run_directory))
+        await Trainer(
+            config, domain, order, chat, pool, policy, checkpoints, log, plots, model_path, last_step, state
+        ).run()
+
+
+@dataclass(slots=True)
+class Trainer:
+    """The loop and the parts that it moves things between."""
+
+    config: TrainConfig
+    domain: Domain
+    order: TaskOrder
+    chat: Chat
+    pool: EnginePool
+    policy: Policy
+    checkpoints: Checkpoints
+    log: RunLog
+    plots: Plots
+    model_path: Path
+    last_step: int
+    state: TrainerState
+
+    async def run(self) -> None:
+        """All steps that are left.
+
+        Consumes tasks; waits for rollouts, then for the update, one after the other; produces lines in metrics.jsonl
+        and checkpoints; ends after the last step or with the first failure.
+        """
+        if self.state.step == 0 and self.config.grpo.val_at_start:
+            self.log.write(0, await self.validate())
+            self.plots.redraw()
+        for step in range(self.state.step + 1, self.last_step + 1):
+            metrics: dict[str, float] = {}
+            with timed(metrics, "time:step"):
+                with timed(metrics, "time:rollout"):
+                    groups = await self.rollout(step)
+                samples, rollout_metrics = credit(
+                    groups,
+                    normalize=self.config.grpo.normalize_rewards,
+                    leave_one_out=self.config.grpo.use_leave_one_out_baseline,
+                )
+                updates = optimizer_steps(
+                    samples,
+                    global_batch_size=self.config.policy.train_global_batch_size,
+                    micro_batch_size=self.config.policy.train_micro_batch_size,
+                    num_ranks=self.config.num_ranks,
+                )
+                metrics |= rollout_metrics
+                if updates:
+                    with timed(metrics, "time:update"):
+                        metrics |= await self.update(updates)
+                    with timed(metrics, "time:weights"):
+                        await self.pool.load(await self.policy.put_weights())
+            saving = self.due_to_save(step)
+            validating = self.due_to_validate(step, saving)
+            if validating:
+                with timed(metrics, "time:validation"):
+                    metrics |= await self.validate()
+            self.log.write(step, metrics)
+            self.state = TrainerState(
+                step=step,
+                position=self.order.position,
+                updates=self.state.updates + len(updates),
+                steps_without_signal=0 if updates else self.state.steps_without_signal + 1,
+                tasks_digest=self.state.tasks_digest,
+                metrics=metrics,
+            )
+            if validating:
+                self.plots.redraw()
+            self.check_signal()
+            if saving:
+                await self.checkpoints.save(self.state, self.policy.save, self.model_path)
+
+    async def rollout(self, step: int) -> list[Group]:
+        """The step's tasks, each played by a group of episodes."""
+        return await collect(
+            self.order.draw(self.config.grpo.num_prompts_per_step),
+            episodes_per_task=self.config.grpo.num_generations_per_prompt,
+            domain=self.domain,
+            policy=self.pool,
+            chat=self.chat,
+            sampling=self.sampling(_TRAINING, step),
+        )
+
+    async def update(self, updates: list[OptimizerStep]) -> dict[str, float]:
+        """Make the optimiser steps, one after the other; metrics over all of them."""
+        results = [await self.policy.update(step) for step in updates]
+        tokens = sum(step.num_trained_tokens for step in updates)
+        return {
+            "train:loss": statistics.fmean(result.sums.loss for result in results),
+            "train:grad_norm": statistics.fmean(result.grad_norm for result in results),
+            "train:ratio_mean": sum(result.sums.ratio for result in results) / tokens,
+            "train:clip_fraction": sum(result.sums.clipped for result in results) / tokens,
+            "train:approx_kl": sum(result.sums.approximate_kl for result in results) / tokens,
+            "train:token_mult_prob_error": sum(result.sums.probability_error for result in results) / tokens,
+            "train:trained_tokens": float(tokens),
+        }
+
+    async def validate(self) -> dict[str, float]:
+        """One episode for each validation task, sampled as in training."""
+        tasks = self.domain.validation_tasks[: self.config.grpo.max_val_samples]
+        groups = await collect(
+            tasks,
+            episodes_per_task=1,
+            domain=self.domain,
+            policy=self.pool,
+            chat=self.chat,
+            sampling=self.sampling(_VALIDATION),
+        )
+        scores = [episode.score for group in groups for episode in group.episodes]
+        if not scores:
+            raise Failure(f"the environment failed in all {len(tasks)} validation episodes: {groups[0].broken[0]}")
+        return {
+            "val:accuracy": statistics.fmean(score.correct for score in scores),
+            "val:reward_mean": statistics.fmean(score.reward for score in scores),
+            "val:broken_episodes": float(len(tasks) - len(scores)),
+        }
+
+    def sampling(self, *key: int) -> Sampling:
+        generation = self.config.policy.generation
+        limit = generation.max_new_tokens or self.config.policy.max_total_sequence_length
+        return Sampling(generation.temperature, limit, (self.config.grpo.seed, *key))
+
+    def due_to_save(self, step: int) -> bool:
+        checkpointing = self.config.checkpointing
+        return checkpointing.enabled and (step % checkpointing.save_period == 0 or step == self.last_step)
+
+    def due_to_validate(self, step: int, saving: bool) -> bool:
+        """On schedule, or because the checkpoint about to be saved is judged by it."""
+        grpo, judged_by = self.config.grpo, self.config.checkpointing.metric_name or ""
+        return (
+            (grpo.val_period > 0 and step % grpo.val_period == 0)
+            or (grpo.val_at_end and step == self.last_step)
+            or (saving and judged_by.startswith("val:"))
+        )
+
+    def check_signal(self) -> None:
+        """Say when a step could not teach anything; Failure when that has gone on for too long."""
+        without, limit = self.state.steps_without_signal, self.config.grpo.max_steps_without_signal
+        if not without:
+            return
+        say(f"step {self.state.step}: no group carries signal (in each, all rewards are equal), so there was no update")
+        if limit is not None and without >= limit:
+            raise Failure(
+                f"no group carried signal in {without} steps in a row (grpo.max_steps_without_signal): the model is "
+                "never, or always, right. Try easier tasks, a model that can do some of them, more generations per "
+                "prompt, or set it to null to go on regardless"
+            )
