@@ -7,7 +7,7 @@ first. Overrides are written in Hydra's grammar. As the schema knows every key, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,14 @@ def _resolve(source: Source, path: Path) -> Source:
     from omegaconf.errors import OmegaConfBaseException
 
     # The resolvers of NeMo RL's configurations, and the folder of the configuration itself.
-    for name, resolver in {
+    resolvers: dict[str, Callable[..., Any]] = {
         "add": lambda *terms: sum(terms),
         "mul": lambda left, right: left * right,
         "div": lambda left, right: left / right,
         "max": lambda *terms: max(terms),
         "config_dir": lambda: str(path.absolute().parent),
-    }.items():
+    }
+    for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
     try:
         config = OmegaConf.create(source.data)

@@ -214,6 +214,8 @@ class MathEnv(Section):
 class Env(Section):
     name: Literal["arithmetic", "math"]
     """arithmetic makes its own problems; math reads rows {"question", "answer"} and compares numbers."""
+    timeout_seconds: Seconds = 600.0
+    """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()

@@ -49,11 +49,10 @@ def _written_key(data: Any, location: tuple[int | str, ...]) -> Key:
     key: list[str] = []
     for depth, part in enumerate(location):
         is_last = depth == len(location) - 1
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif not (is_last and isinstance(data, dict)):
+        inside: Any = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(inside, dict) and part in inside:
+            data = inside[part]
+        elif not (is_last and isinstance(inside, dict)):
             continue
         key.append(str(part))
     return tuple(key)
@@ -69,10 +68,10 @@ def origin_of(source: Source, key: Key) -> str | None:
 
 
 def _nearest(name: str, model: type[BaseModel]) -> str:
-    known = list(known_keys(model))
+    known = [key for key in known_keys(model) if not name.startswith(f"{key}.")]
     last = name.rpartition(".")[2]
-    by_last_part = [key for key in known if key.rpartition(".")[2] == last]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.75) or by_last_part[:1]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+    nearest = nearest or [key for key in known if key.rpartition(".")[2] == last]
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; the nearest known key is {nearest[0]}" if nearest else ""
 

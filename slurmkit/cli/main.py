@@ -1,0 +1,59 @@
+"""The `slurmkit` command: one module per subcommand, imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from slurmkit import __version__
+from slurmkit.errors import SlurmkitError
+
+# Listed by hand, so that `slurmkit --help` imports none of them.
+_COMMANDS = {
+    "run": "Train on this machine, without Slurm.",
+    "submit": "Render one sbatch file, submit it, and say how to follow it.",
+    "render": "Print or write the sbatch file that submit would submit.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"slurmkit.cli.{name}").command
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="slurmkit")
+def cli() -> None:
+    """One readable sbatch file, Ray on every allocated node, GRPO until the model is trained."""
+
+
+def main() -> None:
+    """Entry point. Errors that have a name end with one message: exit 2 for the user's, 1 for a failure."""
+    try:
+        sys.exit(cli.main(prog_name="slurmkit", standalone_mode=False))
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SlurmkitError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,99 @@
+"""The options that describe a job, shared by the commands that take one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from slurmkit.config.source import parse_value
+from slurmkit.errors import UserError
+from slurmkit.job.settle import Request
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path)
+_SLURM = [
+    click.option("--nodes", "-N", type=int, help="Number of nodes."),
+    click.option("--time", "-t", help="Time limit: minutes, h:mm:ss or d-hh:mm:ss."),
+    click.option("--partition", "-p", help="Partition."),
+    click.option("--account", "-A", help="Account to charge."),
+    click.option("--qos", help="Quality of service."),
+    click.option("--gres", help="Generic resources per node, such as gpu:h100:8."),
+    click.option("--gpus-per-node", help="GPUs per node: 8 or h100:8."),
+    click.option("--cpus-per-task", type=int, help="CPUs on each node."),
+    click.option("--mem", help="Memory per node, such as 64G."),
+    click.option("--constraint", "-C", help="Node features."),
+    click.option("--exclusive", is_flag=True, default=None, help="Whole nodes."),
+    click.option("--comment", help="A comment that Slurm stores with the job."),
+]
+_COMMON = [
+    click.option("--config", "-c", type=_PATH, help="Training configuration for slurmkit's own trainer."),
+    click.option("--name", "-n", help="Name of the run and of its directory."),
+    click.option("--results-dir", type=_PATH, help="Where run directories are made.  [default: ./results]"),
+    click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Set an environment variable. Repeatable."),
+    click.option("--set", "keys", multiple=True, metavar="KEY=VALUE", help="Set any other key of the job. Repeatable."),
+]
+
+
+class JobCommand(click.Command):
+    """A command whose line may end in `-- COMMAND ARG…`, taken exactly as typed."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Cut at the first `--`, which click would swallow."""
+        cut = args.index("--") if "--" in args else len(args)
+        context.meta["command"] = tuple(args[cut + 1 :])
+        if cut < len(args) - 1 or cut == len(args):
+            return super().parse_args(context, args[:cut])
+        raise UserError("nothing follows --: write the command that the job runs after it")
+
+    def collect_usage_pieces(self, context: click.Context) -> list[str]:
+        """Show what the line may end in."""
+        return ["[OPTIONS]", "[RUN_FILE]", "[KEY=VALUE]...", "[-- COMMAND...]"]
+
+
+def job_options(slurm: bool) -> Callable[[Function], Function]:
+    """Options of a command that takes a job; `slurm` adds those that only a queue understands."""
+
+    def decorate(function: Function) -> Function:
+        function = click.argument("words", nargs=-1, type=str)(function)
+        for option in reversed([*_COMMON, *(_SLURM if slurm else [])]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def request_from(context: click.Context, words: tuple[str, ...], options: dict[str, Any]) -> Request:
+    """What was asked for, before anything is read."""
+    run_files = [word for word in words if "=" not in word and not word.startswith("~")]
+    if len(run_files) > 1:
+        raise UserError(f"one run file at most, not {' and '.join(run_files)}; a command goes after --")
+    elsewhere = ("config", "env", "keys")
+    flags = {name: value for name, value in options.items() if value is not None and name not in elsewhere}
+    if "results_dir" in flags:
+        flags["results_dir"] = str(flags["results_dir"].absolute())
+    for name, text in _pairs("--env", options["env"]):
+        flags[f"env.{name}"] = text
+    for key, text in _pairs("--set", options["keys"]):
+        try:
+            flags[key] = parse_value(text)
+        except ValueError as error:
+            raise UserError(f"--set {key}={text}: not a YAML value: {error}") from None
+    return Request(
+        run_file=Path(run_files[0]) if run_files else None,
+        config=options["config"],
+        overrides=tuple(word for word in words if word not in run_files),
+        command=context.meta["command"],
+        flags=flags,
+    )
+
+
+def _pairs(option: str, texts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name):
+            raise UserError(f"{option} {text!r}: write NAME=VALUE")
+        yield name, value

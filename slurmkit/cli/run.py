@@ -1,0 +1,45 @@
+"""slurmkit run"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.job.settle import settle
+from slurmkit.report.terminal import RunProgress
+from slurmkit.run.local import run_here
+
+_TAIL = 30
+
+
+@click.command("run", cls=JobCommand)
+@job_options(slurm=False)
+@click.pass_context
+def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
+    """Train on this machine, without Slurm: the same run directory, the same driver."""
+    settled = settle(request_from(context, words, options), Path.cwd())
+    run_dir = Path(settled.spec.run_dir)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"run directory  {run_dir}", markup=False)
+    steps = settled.train.grpo.max_num_steps if settled.train else 0
+    with RunProgress(run_dir, steps, console) as progress:
+        code = run_here(settled, progress.update)
+    log = run_dir / "attempts/latest/driver.log"
+    if code != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+        console.print("\n".join(lines), markup=False)
+        click.echo(f"error: the run ended with exit code {code}; its whole log is {log}", err=True)
+        sys.exit(code)
+    console.print(f"done. The log is {log}", markup=False)
+    plot = run_dir / "plots/validation_reward.png"
+    if plot.exists():
+        console.print(f"plot           {plot}", markup=False)
+    if options["config"] is not None:
+        again = f"slurmkit run --config {shlex.quote(str(options['config']))} --name another grpo.seed=2"
+        console.print(f"try next       {again}", markup=False)

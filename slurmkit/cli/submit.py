@@ -1,0 +1,53 @@
+"""slurmkit submit"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.job.render import render
+from slurmkit.job.settle import settle
+from slurmkit.run import submit as queue
+from slurmkit.slurm.client import JobState
+from slurmkit.slurm.command import CommandClient
+
+
+@click.command("submit", cls=JobCommand)
+@click.option("--dry-run", is_flag=True, help="Do everything but submit; print the file and change nothing on disk.")
+@click.option("--wait", is_flag=True, help="Stay until the job has ended, and exit with its code.")
+@job_options(slurm=True)
+@click.pass_context
+def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[str, ...], **options: Any) -> None:
+    """Render one sbatch file, submit it, and say how to follow it."""
+    settled = settle(request_from(context, words, options), Path.cwd())
+    script = render(settled.spec)
+    client = CommandClient()
+    if dry_run:
+        queue.check(settled, client)
+        click.echo(script, nl=False)
+        click.echo(
+            f"dry run: nothing submitted, nothing written; the run directory would be {settled.spec.run_dir}",
+            err=True,
+        )
+        return
+    job = queue.submit(settled, script, client)
+    click.echo(f"job            {job.job_id}")
+    click.echo(f"rendered file  {job.script}")
+    click.echo(f"run directory  {job.run_dir}")
+    logs = [str(job.output), str(job.run_dir / "attempts/latest/driver.log")]
+    click.echo(f"follow it      tail -F {shlex.join(logs)}")
+    if wait:
+        end = queue.wait(client, job.job_id, _tell)
+        click.echo(f"job {end.job_id} ended: {end.state}, exit code {end.code}; its output is {job.output}")
+        sys.exit(end.code)
+
+
+def _tell(job: JobState) -> None:
+    why = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("", "None") else ""
+    where = f" on {job.nodes}" if job.nodes not in ("", "(null)") else ""
+    click.echo(f"job {job.job_id} is {job.state}{why}{where}")

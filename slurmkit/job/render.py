@@ -1,0 +1,93 @@
+"""From a JobSpec to one sbatch file: a pure function of the spec and the templates.
+
+Every `{{ value }}` is shell-quoted on its way out, so a value can never become code. Text that is meant as code must
+say so: `{{ line | raw }}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from markupsafe import Markup
+
+from slurmkit import __version__
+from slurmkit.errors import UserError
+from slurmkit.job.spec import JobSpec
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
+
+
+def render(spec: JobSpec) -> str:
+    """The sbatch file. Same spec, same templates: same bytes. UserError names a broken template's file and line."""
+    folder = Path(str(files("slurmkit.templates")))
+    environment = SandboxedEnvironment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        # Autoescape marks the output of blocks and macros, so that `finalize` can tell it from a value.
+        autoescape=True,
+        finalize=_quote,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(raw=_raw, words=_words, directive=_directive)
+    try:
+        return environment.get_template("job.sbatch.j2").render(
+            spec=spec,
+            version=__version__,
+            spec_digest=digest_of_spec(spec),
+            templates_digest=_digest_of(folder),
+        )
+    except TemplateError as error:
+        place = f"{getattr(error, 'filename', None) or folder}:{getattr(error, 'lineno', '?')}"
+        raise UserError(f"{place}: the template cannot be rendered: {error}") from error
+
+
+def digest_of_spec(spec: JobSpec) -> str:
+    """sha256 over the spec as canonical JSON."""
+    canonical = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _digest_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.j2")):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _quote(value: Any) -> Any:
+    if hasattr(value, "__html__"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError(f"a template puts out {value!r}: only text and whole numbers can stand in a script")
+    return Markup(shlex.quote(str(value)))
+
+
+def _raw(value: object) -> Markup:
+    """Text that is code already."""
+    return Markup(str(value))
+
+
+def _words(values: Iterable[str]) -> Markup:
+    """Several values as shell words."""
+    return Markup(" ".join(shlex.quote(value) for value in values))
+
+
+def _directive(value: str) -> Markup:
+    """A value in a `#SBATCH` line, which sbatch reads by rules of its own (src/sbatch: _get_next_opt).
+
+    A backslash escapes the next character inside quotes too, and an unquoted # begins a comment.
+    """
+    if _PLAIN.fullmatch(value):
+        return Markup(value)
+    return Markup('"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"')

@@ -1,0 +1,94 @@
+"""The run directory: everything that a run leaves behind, in one obvious place.
+
+results/NAME/
+    job.sbatch        what was submitted
+    config.yaml       the settled training configuration
+    run.json          name, digests, and one record per attempt
+    slurm-JOBID.out   the job's own output
+    metrics.jsonl     one line per step; step_N/ checkpoints; plots/; wandb/
+    attempts/JOBID.RESTART/{driver.log,node-HOST.log}, attempts/latest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slurmkit.errors import Failure, UserError
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Failure(f"{path} cannot be written: {error.strerror}") from None
+
+
+class RunDirectory:
+    """One run's folder. `prepare` makes it, `undo` takes back what a refused submission made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[Path] = []
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """run.json, or None where no run was recorded yet."""
+        path = self.path / "run.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise Failure(f"{path} cannot be read: {error}") from None
+        assert isinstance(record, dict)
+        return record
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """One record per attempt so far."""
+        return list((self.record or {}).get("attempts", []))
+
+    def refuse_other(self, identity: Mapping[str, str | None]) -> None:
+        """A name belongs to one run: going on is an attempt, anything else needs a name of its own."""
+        record = self.record
+        if record is None:
+            return
+        changed = [key for key, value in identity.items() if record["identity"].get(key) != value]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with another {' and '.join(changed)}. Give this one a name of its own "
+                f"(--name), or remove that directory"
+            )
+
+    def prepare(self, files: Mapping[str, str]) -> None:
+        """Make the folder and write its files, each beside and renamed."""
+        folder = self.path / "attempts"
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._made += [self.path / name for name in files if not (self.path / name).exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run directory {self.path} cannot be made: {error.strerror}") from None
+        for name, text in files.items():
+            write_beside(self.path / name, text)
+
+    def undo(self) -> None:
+        """Take back what `prepare` made: a refused submission leaves nothing."""
+        for path in sorted(self._made, reverse=True):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+
+    def add_attempt(self, identity: Mapping[str, str | None], attempt: Mapping[str, Any]) -> None:
+        """Record an attempt: with it, the run exists."""
+        record = {"identity": dict(identity), "attempts": [*self.attempts, dict(attempt)]}
+        write_beside(self.path / "run.json", json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,98 @@
+"""The same run without Slurm: this machine is the one node, and the driver brings up a Ray of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slurmkit.errors import UserError
+from slurmkit.job.settle import Settled
+from slurmkit.run.directory import RunDirectory
+
+# Seconds between two calls of `tell`, and how long the driver may take to leave when asked to.
+_POLL = 0.5
+_GRACE = 15.0
+
+
+def run_here(settled: Settled, tell: Callable[[Path], None]) -> int:
+    """Run the command as a child until it ends; `tell` is called with the driver's log while it works.
+
+    Returns the command's exit code. On an interrupt the child is asked to leave, then made to.
+    """
+    spec = settled.spec
+    directory = RunDirectory(Path(spec.run_dir))
+    directory.refuse_other(settled.identity)
+    config = settled.config_text
+    directory.prepare({"config.yaml": config} if config is not None else {})
+    with _alone_in(directory.path):
+        name = f"local-{len(directory.attempts) + 1}"
+        attempt = directory.path / "attempts" / name
+        attempt.mkdir()
+        directory.add_attempt(settled.identity, {"local": name})
+        _link_latest(attempt)
+        return _supervise(settled, attempt / "driver.log", tell)
+
+
+def _supervise(settled: Settled, log: Path, tell: Callable[[Path], None]) -> int:
+    spec = settled.spec
+    script = "\n".join(["set -euo pipefail", *spec.setup, 'exec -- "$@"'])
+    environment = {
+        **os.environ,
+        "PATH": f"{os.path.dirname(spec.python)}:{os.environ.get('PATH', os.defpath)}",
+        **spec.env,
+    }
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            ["bash", "-c", script, "slurmkit-run", *spec.command],
+            cwd=spec.workdir,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        while True:
+            tell(log)
+            try:
+                code = child.wait(_POLL)
+                break
+            except subprocess.TimeoutExpired:
+                pass
+    except BaseException:
+        _end(child)
+        raise
+    tell(log)
+    return code if code >= 0 else 128 - code
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(_GRACE)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _link_latest(attempt: Path) -> None:
+    beside = attempt.with_name(f".latest.{attempt.name}")
+    beside.symlink_to(attempt.name)
+    os.replace(beside, attempt.with_name("latest"))
+
+
+@contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    with (path / "attempts" / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another slurmkit run is at work here; give this one another --name") from None
+        yield

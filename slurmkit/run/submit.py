@@ -1,0 +1,83 @@
+"""A settled job into the queue: exactly once, recorded in the run directory, and checked against what Slurm stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurmkit.errors import Failure, UserError
+from slurmkit.job.render import digest_of_spec
+from slurmkit.job.settle import Settled
+from slurmkit.run.directory import RunDirectory
+from slurmkit.slurm.client import JobState, SlurmClient
+
+# Seconds between two looks at a waiting job, and how long Slurm may have forgotten it before that is an error.
+_POLL = 2.0
+_FORGOTTEN = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job in the queue."""
+
+    job_id: str
+    script: Path
+    run_dir: Path
+
+    @property
+    def output(self) -> Path:
+        """The job's own output."""
+        return self.run_dir / f"slurm-{self.job_id}.out"
+
+
+def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
+    """Write the run directory, submit, compare, record. A refused submission leaves nothing behind."""
+    spec = settled.spec
+    directory = check(settled, client)
+    config = settled.config_text
+    directory.prepare({"job.sbatch": script, **({"config.yaml": config} if config is not None else {})})
+    path = directory.path / "job.sbatch"
+    try:
+        job_id = client.submit(path)
+    except BaseException:
+        directory.undo()
+        raise
+    directory.add_attempt(settled.identity, {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}"})
+    if client.script_of(job_id) != script.encode():
+        client.cancel(job_id)
+        raise Failure(f"the script that Slurm stored for job {job_id} differs from {path}; the job was cancelled")
+    return Submitted(job_id, path, directory.path)
+
+
+def check(settled: Settled, client: SlurmClient) -> RunDirectory:
+    """Everything that can be known before a submission, changing nothing: the run's name is free, or its own."""
+    directory = RunDirectory(Path(settled.spec.run_dir))
+    directory.refuse_other(settled.identity)
+    for attempt in directory.attempts:
+        job = client.job(attempt["job_id"]) if "job_id" in attempt else None
+        if job is not None and not job.is_final:
+            raise UserError(
+                f"{directory.path} belongs to job {job.job_id}, which is {job.state}; two jobs would write over "
+                f"each other: wait for it, cancel it (scancel {job.job_id}), or give this run another --name"
+            )
+    return directory
+
+
+def wait(client: SlurmClient, job_id: str, tell: Callable[[JobState], None]) -> JobState:
+    """Wait until the job has ended for good; `tell` hears of each change of state."""
+    last: tuple[str, str] | None = None
+    seen = time.monotonic()
+    while True:
+        job = client.job(job_id)
+        if job is not None:
+            seen = time.monotonic()
+            if (job.state, job.nodes) != last:
+                last = (job.state, job.nodes)
+                tell(job)
+            if job.is_final:
+                return job
+        elif time.monotonic() - seen > _FORGOTTEN:
+            raise Failure(f"Slurm knows no job {job_id} any more, and has no record of how it ended")
+        time.sleep(_POLL)
