@@ -1,5 +1,5 @@
 #!/bin/bash
-# PID 1 of one machine of a development cluster: machine.sh STATE MACHINE. scripts/devcluster starts it in new mount,
+# PID 1 of one machine of a development cluster: init.sh STATE MACHINE. scripts/devcluster starts it in new mount,
 # UTS, IPC, network and PID namespaces; it gives the machine its own /proc, /sys, /tmp, /dev/shm, name and local disk,
 # then reaps orphans until it is killed. What a machine has goes with this process, as with a computer's power.
 set -euo pipefail
