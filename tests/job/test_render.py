@@ -1,0 +1,197 @@
+"""Rendering: the same bytes for the same spec, no value ever becomes code, and the file passes bash and shellcheck."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from slurmkit.job.render import render
+from slurmkit.job.spec import JobSpec
+
+HOSTILE = [
+    "a b",
+    "it's",
+    '"',
+    "$HOME",
+    "`id`",
+    "$(id)",
+    "a;b",
+    "}",
+    "a,b",
+    "x\ny",
+    "é漢🙂",
+    "%j %x",
+    "\\",
+    "*",
+    "#",
+    "-n",
+    "",
+]
+
+
+def spec(**keys: object) -> JobSpec:
+    minimal = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
+    return JobSpec.model_validate({**minimal, **keys})
+
+
+def directives(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+SPECS = {
+    "minimal": spec(),
+    "full": spec(
+        nodes=8,
+        time="2-00:00:00",
+        partition="gpu",
+        account="me",
+        gres="gpu:h100:8",
+        cpus_per_task=16,
+        mem="64G",
+        exclusive=True,
+        comment='a "b" \\ # c',
+        env={"B": "2", "A": "it's $HOME"},
+        setup=["module load cuda", "ulimit -c 0"],
+        ray={"num_cpus": 4, "object_store_memory": 10**9, "start_timeout": 60},
+        sbatch={"switches": "2@10", "requeue": True, "hint": False},
+        command=["bash", "-c", "\n".join(HOSTILE)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_rendered_file_passes_bash_and_shellcheck(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.sbatch"
+    path.write_text(render(SPECS[name]))
+    subprocess.run(["bash", "-n", path], check=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "--severity=warning", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_rendered_file_stays_short_enough_to_read(name: str) -> None:
+    own_lines = sum(word.count("\n") for word in SPECS[name].command)
+    assert len(render(SPECS[name]).splitlines()) - own_lines <= 250
+
+
+def test_two_renders_in_different_processes_and_places_are_the_same_bytes(tmp_path: Path) -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); from test_render import *; print(render(SPECS['full']))"
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program, Path(__file__).parent],
+            cwd=directory,
+            env={**os.environ, "PYTHONHASHSEED": seed, "LANG": "C", "TZ": zone},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for directory, seed, zone in ((tmp_path, "1", "UTC"), ("/", "2", "Asia/Tokyo"))
+    }
+    assert len(outputs) == 1
+
+
+def test_a_spec_that_differs_in_anything_renders_to_another_file() -> None:
+    one = spec(config_digest="1")
+    assert render(one) != render(spec(config_digest="2"))
+
+
+def test_directives_stand_before_the_first_command_because_sbatch_ignores_later_ones() -> None:
+    lines = [line for line in render(SPECS["full"]).splitlines() if line]
+    last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") for line in lines[:last])
+
+
+def test_directives_are_exactly_what_was_asked_for() -> None:
+    assert directives(render(SPECS["full"])) == [
+        "job-name=t",
+        "nodes=8",
+        "time=2-00:00:00",
+        "partition=gpu",
+        "account=me",
+        "exclusive",
+        "gres=gpu:h100:8",
+        "cpus-per-task=16",
+        "mem=64G",
+        'comment="a \\"b\\" \\\\ # c"',
+        "ntasks-per-node=1",
+        "output=/r/slurm-%j.out",
+        "open-mode=append",
+        "chdir=/w",
+        "requeue",
+        "switches=2@10",
+    ]
+
+
+def test_a_percent_sign_in_the_run_directory_is_not_a_file_pattern() -> None:
+    assert 'output="/a b/100%%/slurm-%j.out"' in directives(render(spec(run_dir="/a b/100%")))
+
+
+def settings_of(script: str) -> str:
+    """The part of a script that only assigns: what runs, where, and the environment."""
+    return script[script.index("command=(") : script.index("setup_node()")]
+
+
+def run_settings(job: JobSpec, tail: str) -> bytes:
+    return subprocess.run(
+        ["bash", "-c", f"set -u\n{settings_of(render(job))}\n{tail}"],
+        env={"PATH": os.environ["PATH"]},
+        check=True,
+        capture_output=True,
+        timeout=20,
+    ).stdout
+
+
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(TEXT | st.sampled_from(HOSTILE), min_size=1, max_size=5))
+def test_every_word_of_a_command_arrives_as_typed(words: list[str]) -> None:
+    out = run_settings(spec(command=words), "printf '%s\\0' \"${command[@]}\"")
+    assert out == b"".join(word.encode() + b"\0" for word in words)
+
+
+@settings(max_examples=60, deadline=None)
+@given(value=TEXT | st.sampled_from(HOSTILE))
+def test_every_environment_value_arrives_as_typed(value: str) -> None:
+    assert run_settings(spec(env={"lower_Case": value}), 'printf %s "$lower_Case"') == value.encode()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "a/b"}, "cannot be a run's name"),
+        ({"name": "-x"}, "cannot be a run's name"),
+        ({"comment": "a\nrm -rf /"}, "line break"),
+        ({"partition": ""}, "is empty"),
+        ({"comment": "x" * 9000}, "9000 bytes"),
+        ({"time": "1h"}, "is not a Slurm time"),
+        ({"mem": "64 GB"}, "is not a size"),
+        ({"gres": "gpu:"}, "is not a GRES"),
+        ({"gres": "gpu:8", "gpus_per_node": 8}, "both ask for GPUs"),
+        ({"env": {"1A": "x"}}, "cannot name an environment variable"),
+        ({"env": {"SLURM_JOB_ID": "1"}}, "belongs to Slurm"),
+        ({"env": {"A": "x\0"}}, "NUL"),
+        ({"sbatch": {"array": "1-3"}}, "set by slurmkit itself"),
+        ({"sbatch": {"job-name": "x"}}, "use the key name"),
+        ({"sbatch": {"--hold": True}}, "not a long option"),
+        ({"command": []}, "at least 1 item"),
+        ({"nodes": 0}, "greater than or equal to 1"),
+        ({"nodes": True}, "valid integer"),
+        ({"run_dir": "relative"}, "not an absolute path"),
+        ({"run_dir": "/a\\b"}, "backslash"),
+        ({"container": {"runtime": "docker"}}, "'none'"),
+        ({"ray": {"num_cpus": 0}}, "greater than or equal to 1"),
+    ],
+)
+def test_a_value_that_no_script_can_carry_is_refused(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        spec(**keys)
+    assert message in str(caught.value)

@@ -1,0 +1,88 @@
+"""`slurmkit run` with somebody else's command: the run directory, attempts, exit codes and interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SLURMKIT = Path(sys.executable).with_name("slurmkit")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    directory = tmp_path / "a folder"
+    directory.mkdir()
+    return directory
+
+
+def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SLURMKIT, "run", *arguments], cwd=here, capture_output=True, text=True, timeout=60)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_a_command_runs_as_typed_with_its_environment_and_its_output_is_kept(here: Path) -> None:
+    (here / "job.yaml").write_text("setup: ['X=from-setup']\nenv: {Y: it's}\n")
+    done = run(here, "job.yaml", "--name", "hello", "--", "bash", "-c", 'echo "$0|$X|$Y"', "a 'b' $c\nd")
+    assert done.returncode == 0, done.stderr
+    log = here / "results/hello/attempts/latest/driver.log"
+    assert log.read_text() == "a 'b' $c\nd||it's\n", "setup's variables are the shell's own unless exported"
+
+
+def test_the_exit_code_is_the_command_s_and_the_end_of_its_log_is_shown(here: Path) -> None:
+    done = run(here, "--", "bash", "-c", "echo the reason; exit 7")
+    assert done.returncode == 7
+    assert "the reason" in done.stdout
+    assert "exit code 7" in done.stderr
+
+
+def test_running_the_same_again_is_another_attempt_of_the_same_run(here: Path) -> None:
+    for _ in range(2):
+        assert run(here, "--", "true").returncode == 0
+    record = json.loads((here / "results/true/run.json").read_text())
+    assert [attempt["local"] for attempt in record["attempts"]] == ["local-1", "local-2"]
+    assert os.readlink(here / "results/true/attempts/latest") == "local-2"
+
+
+def test_another_command_under_a_used_name_is_refused(here: Path) -> None:
+    run(here, "--name", "x", "--", "true")
+    done = run(here, "--name", "x", "--", "echo", "other")
+    assert done.returncode == 2
+    assert "holds a run with another command" in done.stderr
+    assert not (here / "results/x/attempts/local-2").exists()
+
+
+def test_an_interrupt_ends_the_command_and_its_children(here: Path) -> None:
+    script = "trap 'echo asked; exit 3' TERM; sleep 300 & echo $! >pid; wait"
+    child = subprocess.Popen([SLURMKIT, "run", "--", "bash", "-c", script], cwd=here, stderr=subprocess.PIPE, text=True)
+    wait_for(here / "pid")
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == 130
+    assert (here / "results/bash/attempts/latest/driver.log").read_text() == "asked\n"
+    assert not Path(f"/proc/{(here / 'pid').read_text().strip()}").exists()
+
+
+def test_two_runs_at_once_do_not_share_a_directory(here: Path) -> None:
+    script = "touch started; sleep 300"
+    first = subprocess.Popen([SLURMKIT, "run", "--name", "x", "--", "bash", "-c", script], cwd=here)
+    try:
+        wait_for(here / "started")
+        done = run(here, "--name", "x", "--", "bash", "-c", script)
+        assert done.returncode == 2
+        assert "another slurmkit run is at work here" in done.stderr
+    finally:
+        first.send_signal(signal.SIGINT)
+        first.wait(30)
