@@ -47,7 +47,7 @@ write_slurm_conf() {
   {
     echo "# Written by scripts/devcluster; edit it and run 'scontrol reconfigure' to try a setting."
     slurm_settings | without_site_settings
-    printf '%s' "$SITE_CONF"
+    printf '%s\n' "$SITE_CONF"
     slurm_nodes | without_site_settings
   } >"$STATE/etc/slurm.conf"
 }
@@ -62,7 +62,7 @@ without_site_settings() {
     }
     NR == FNR { if ($0 !~ /^[ \t]*(#|$)/) site[key($0)]; next }
     !(key($0) in site)
-  ' <(printf '%s#\n' "$SITE_CONF") -
+  ' <(printf '%s\n' "$SITE_CONF") -
 }
 
 slurm_settings() {

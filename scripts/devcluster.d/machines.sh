@@ -37,7 +37,7 @@ start_daemon() { # start_daemon MACHINE DAEMON CMD...: leaves MACHINE/DAEMON.end
 }
 
 slurm() { # a client command, without the caller's SLURM_* and SINFO_* variables
-  timeout 20 env -i PATH="$PATH" SLURM_CONF="$STATE/etc/slurm.conf" "$@"
+  env -i PATH="$PATH" SLURM_CONF="$STATE/etc/slurm.conf" "$MARK=$STATE" timeout 20 "$@"
 }
 
 # await MACHINE DAEMON WHAT CMD...: until CMD succeeds, or the daemon has ended, or the deadline has passed
@@ -168,7 +168,7 @@ start_slurmctld() {
 
 # ---------------------------------------------------------------------------------------------------- the end
 
-marked_processes() { # PID 1 of every machine of this cluster, and its sleep
+marked_processes() { # PID 1 of every machine of this cluster, and the client commands of an up that was killed
   grep -lzsxF "$MARK=$STATE" /proc/[0-9]*/environ | cut -d/ -f3 || true
 }
 
