@@ -28,7 +28,7 @@ def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[s
     script = render(settled.spec)
     client = CommandClient()
     if dry_run:
-        queue.check(settled, client)
+        queue.check(settled, script, client)
         click.echo(script, nl=False)
         click.echo(
             f"dry run: nothing submitted, nothing written; the run directory would be {settled.spec.run_dir}",

@@ -35,7 +35,7 @@ class Submitted:
 def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
     """Write the run directory, submit, compare, record. A refused submission leaves nothing behind."""
     spec = settled.spec
-    directory = check(settled, client)
+    directory = check(settled, script, client)
     config = settled.config_text
     directory.prepare({"job.sbatch": script, **({"config.yaml": config} if config is not None else {})})
     path = directory.path / "job.sbatch"
@@ -51,8 +51,8 @@ def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
     return Submitted(job_id, path, directory.path)
 
 
-def check(settled: Settled, client: SlurmClient) -> RunDirectory:
-    """Everything that can be known before a submission, changing nothing: the run's name is free, or its own."""
+def check(settled: Settled, script: str, client: SlurmClient) -> RunDirectory:
+    """What can be known before a submission, changing nothing: the name is this run's to use, and Slurm agrees."""
     directory = RunDirectory(Path(settled.spec.run_dir))
     directory.refuse_other(settled.identity)
     for attempt in directory.attempts:
@@ -62,6 +62,7 @@ def check(settled: Settled, client: SlurmClient) -> RunDirectory:
                 f"{directory.path} belongs to job {job.job_id}, which is {job.state}; two jobs would write over "
                 f"each other: wait for it, cancel it (scancel {job.job_id}), or give this run another --name"
             )
+    client.test(script)
     return directory
 
 

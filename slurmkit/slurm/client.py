@@ -44,6 +44,10 @@ class JobState:
 class SlurmClient(Protocol):
     """One implementation per way to reach Slurm. Each call raises Failure when Slurm does not answer."""
 
+    def test(self, script: str) -> None:
+        """Ask whether Slurm would take this script, without submitting it. UserError with its reason if not."""
+        ...
+
     def submit(self, script: Path) -> str:
         """Submit the file as it is, free of the caller's SBATCH_* and SLURM_*. Returns the job id."""
         ...

@@ -15,6 +15,8 @@ from slurmkit.slurm.client import JobState
 _DEADLINE = 120
 # Where to find this Slurm, in contrast to what to run on it.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"})
+# How Slurm's commands say that the controller is away, in contrast to a refusal.
+_NO_ANSWER = ("Unable to contact", "Connection refused", "timed out", "configuration source", "configuration file")
 
 
 def submission_environment() -> dict[str, str]:
@@ -35,6 +37,15 @@ class CommandClient:
                 "sbatch is not on PATH: submit from a login node of a Slurm cluster, or run here without Slurm: "
                 "slurmkit run"
             )
+
+    def test(self, script: str) -> None:
+        """See SlurmClient. No answer from Slurm is a Failure, as everywhere."""
+        try:
+            self._run("sbatch", "--test-only", input=script)
+        except Failure as error:
+            if any(sign in str(error) for sign in _NO_ANSWER):
+                raise
+            raise UserError(str(error).replace("sbatch failed", "Slurm would refuse this job: sbatch failed")) from None
 
     def submit(self, script: Path) -> str:
         """See SlurmClient. A refusal by sbatch is a Failure that carries Slurm's own words."""
@@ -73,12 +84,12 @@ class CommandClient:
         """See SlurmClient."""
         return self._run("scontrol", "write", "batch_script", job_id, "-").encode()
 
-    def _run(self, *command: str) -> str:
+    def _run(self, *command: str, input: str = "") -> str:
         try:
             done = subprocess.run(
                 command,
                 env=submission_environment(),
-                stdin=subprocess.DEVNULL,
+                input=input,
                 capture_output=True,
                 timeout=_DEADLINE,
                 encoding="utf-8",

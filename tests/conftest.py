@@ -1,0 +1,77 @@
+"""Shared fixtures: one real Slurm for the session, and a folder that its nodes share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from parts import REPOSITORY, need_slurm
+
+SLURMKIT = Path(sys.executable).with_name("slurmkit")
+_DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A development cluster of four nodes, and slurmkit as its user calls it."""
+
+    name: str
+    configuration: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "SLURM_CONF": self.configuration}
+
+    def slurmkit(
+        self, here: Path, *arguments: str | Path, timeout: float = 300, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SLURMKIT, *arguments],
+            cwd=here,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def ask(self, *command: str) -> str:
+        """Run one of Slurm's own commands."""
+        done = subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True, timeout=60)
+        return done.stdout
+
+    def on_node(self, node: str, *command: str) -> str:
+        """Run a command on a node, beside Slurm."""
+        done = subprocess.run(
+            [_DEVCLUSTER, "exec", "--name", self.name, node, *command], capture_output=True, text=True, timeout=60
+        )
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    need_slurm()
+    name = f"session{os.getpid()}"
+    # Of /tmp a node sees only its own; a checkout or an environment that lies there must be shared.
+    shared = [path for path in {REPOSITORY, Path(sys.prefix)} if path.is_relative_to("/tmp")]
+    options = [word for path in shared for word in ("--shared", str(path))]
+    subprocess.run([_DEVCLUSTER, "up", "--name", name, "--nodes", "4", *options], check=True, timeout=120)
+    try:
+        line = subprocess.run([_DEVCLUSTER, "env", "--name", name], check=True, capture_output=True, text=True).stdout
+        yield Cluster(name, line.partition("SLURM_CONF=")[2].strip())
+    finally:
+        subprocess.run([_DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
+
+
+@pytest.fixture
+def shared_path() -> Iterator[Path]:
+    """A folder with a space in its name that all nodes see."""
+    path = Path(tempfile.mkdtemp(prefix="slurmkit test ", dir="/var/tmp"))
+    yield path
+    shutil.rmtree(path)
