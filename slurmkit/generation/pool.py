@@ -66,11 +66,10 @@ class EnginePool:
                 batch = [self._waiting.popleft() for _ in range(min(share, self._max_batch_size))]
             try:
                 completions = await engine.call("generate", [request for request, _ in batch])
+                for (_, future), completion in zip(batch, completions, strict=True):
+                    if not future.done():
+                        future.set_result(completion)
             except Exception as error:
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
-                continue
-            for (_, future), completion in zip(batch, completions, strict=True):
-                if not future.done():
-                    future.set_result(completion)

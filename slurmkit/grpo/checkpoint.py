@@ -41,19 +41,16 @@ class Checkpoints:
         self._run_directory = run_directory
         self._config = config
 
-    async def save(self, state: TrainerState, write: Callable[[Path], Awaitable[None]], tokenizer: Path) -> Path:
+    async def save(self, state: TrainerState, write: Callable[[Path], Awaitable[None]]) -> Path:
         """Write step_N beside its place, rename it, then let go of what need not be kept.
 
-        `write` puts the model and the optimiser into the folder it is given; the tokenizer is copied from `tokenizer`.
+        `write` puts the model, its tokenizer and the optimiser into the folder it is given.
         """
         folder = self._run_directory / f"step_{state.step}"
         unfinished = self._run_directory / f".step_{state.step}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / "model").mkdir(parents=True)
+        unfinished.mkdir()
         await write(unfinished)
-        for file in tokenizer.iterdir():
-            if file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
-                shutil.copy(file, unfinished / "model")
         (unfinished / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
         (unfinished / "manifest.json").write_text(json.dumps(_digests(unfinished), indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged when the run was taken up again

@@ -42,11 +42,12 @@ def ray_connection() -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    # Ray puts Unix sockets below this folder, whose paths may have 107 characters at most.
+    # Short, as Ray puts Unix sockets below it and their paths may have 107 characters at most. Ray opens its folder
+    # to everybody, so it gets one inside a folder that is ours alone.
     folder = tempfile.mkdtemp(prefix="slurmkit-", dir="/tmp")
     try:
         # "local" never joins a Ray that somebody else runs on this machine.
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=folder)
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=f"{folder}/ray")
         yield
     finally:
         ray.shutdown()

@@ -58,6 +58,8 @@ def make_model(folder: Path, sizes: FromScratch, domain: Domain, *, max_length: 
     The same sizes, domain and seed give the same weights on the same machine.
     """
     disable_progress_bar()
+    # So small that a second thread gains a fifth on an idle machine, and loses minutes on a busy one.
+    torch.set_num_threads(1)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = _byte_tokenizer()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
-from slurmkit.envs.environment import Domain
+from slurmkit.envs.environment import Domain, Task
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import Failure, UserError
 from slurmkit.generation.pool import EnginePool
@@ -64,9 +65,7 @@ async def train(config: TrainConfig) -> None:
         resume_after = state.step if checkpoint else None
         log = stack.enter_context(RunLog(run_directory, config, last_step=last_step, resume_after=resume_after))
         plots = await stack.enter_async_context(Plots(run_directory))
-        await Trainer(
-            config, domain, order, chat, pool, policy, checkpoints, log, plots, model_path, last_step, state
-        ).run()
+        await Trainer(config, domain, order, chat, pool, policy, checkpoints, log, plots, last_step, state).run()
 
 
 @dataclass(slots=True)
@@ -82,7 +81,6 @@ class Trainer:
     checkpoints: Checkpoints
     log: RunLog
     plots: Plots
-    model_path: Path
     last_step: int
     state: TrainerState
 
@@ -135,18 +133,12 @@ class Trainer:
                 self.plots.redraw()
             self.check_signal()
             if saving:
-                await self.checkpoints.save(self.state, self.policy.save, self.model_path)
+                await self.checkpoints.save(self.state, self.write_checkpoint)
 
     async def rollout(self, step: int) -> list[Group]:
         """The step's tasks, each played by a group of episodes."""
-        return await collect(
-            self.order.draw(self.config.grpo.num_prompts_per_step),
-            episodes_per_task=self.config.grpo.num_generations_per_prompt,
-            domain=self.domain,
-            policy=self.pool,
-            chat=self.chat,
-            sampling=self.sampling(_TRAINING, step),
-        )
+        tasks = self.order.draw(self.config.grpo.num_prompts_per_step)
+        return await self.play(tasks, self.config.grpo.num_generations_per_prompt, (_TRAINING, step))
 
     async def update(self, updates: list[OptimizerStep]) -> dict[str, float]:
         """Make the optimiser steps, one after the other; metrics over all of them."""
@@ -158,21 +150,15 @@ class Trainer:
             "train:ratio_mean": sum(result.sums.ratio for result in results) / tokens,
             "train:clip_fraction": sum(result.sums.clipped for result in results) / tokens,
             "train:approx_kl": sum(result.sums.approximate_kl for result in results) / tokens,
-            "train:token_mult_prob_error": sum(result.sums.probability_error for result in results) / tokens,
+            # Of the first only: until then the policy is what the engines sampled from, so anything above 1 is theirs.
+            "train:token_mult_prob_error": results[0].sums.probability_error / updates[0].num_trained_tokens,
             "train:trained_tokens": float(tokens),
         }
 
     async def validate(self) -> dict[str, float]:
         """One episode for each validation task, sampled as in training."""
         tasks = self.domain.validation_tasks[: self.config.grpo.max_val_samples]
-        groups = await collect(
-            tasks,
-            episodes_per_task=1,
-            domain=self.domain,
-            policy=self.pool,
-            chat=self.chat,
-            sampling=self.sampling(_VALIDATION),
-        )
+        groups = await self.play(tasks, 1, (_VALIDATION,))
         scores = [episode.score for group in groups for episode in group.episodes]
         if not scores:
             raise Failure(f"the environment failed in all {len(tasks)} validation episodes: {groups[0].broken[0]}")
@@ -182,10 +168,24 @@ class Trainer:
             "val:broken_episodes": float(len(tasks) - len(scores)),
         }
 
-    def sampling(self, *key: int) -> Sampling:
+    async def play(self, tasks: Sequence[Task], episodes_per_task: int, key: tuple[int, ...]) -> list[Group]:
+        """Episodes with the present weights. The same `key` draws the same random numbers."""
         generation = self.config.policy.generation
         limit = generation.max_new_tokens or self.config.policy.max_total_sequence_length
-        return Sampling(generation.temperature, limit, (self.config.grpo.seed, *key))
+        return await collect(
+            tasks,
+            episodes_per_task=episodes_per_task,
+            domain=self.domain,
+            policy=self.pool,
+            chat=self.chat,
+            sampling=Sampling(generation.temperature, limit, (self.config.grpo.seed, *key)),
+            environment_timeout_seconds=self.config.env.timeout_seconds,
+        )
+
+    async def write_checkpoint(self, folder: Path) -> None:
+        """What a checkpoint holds besides the trainer's own state."""
+        await self.policy.save(folder)
+        self.chat.save(folder / "model")
 
     def due_to_save(self, step: int) -> bool:
         checkpointing = self.config.checkpointing

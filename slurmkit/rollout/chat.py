@@ -44,6 +44,10 @@ class Chat:
         """What the sampled tokens say, without special tokens."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer beside a model's weights."""
+        self._tokenizer.save_pretrained(folder)
+
     def reply_ids(self, text: str) -> tuple[int, ...]:
         """Tokens of a reply that somebody else wrote, with the token that ends it."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]

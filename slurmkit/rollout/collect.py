@@ -44,6 +44,7 @@ async def collect(
     policy: Generate,
     chat: Chat,
     sampling: Sampling,
+    environment_timeout_seconds: float,
 ) -> list[Group]:
     """Play `episodes_per_task` episodes of every task, all concurrently.
 
@@ -52,7 +53,14 @@ async def collect(
 
     async def play(task: Task, index: int) -> Episode | str:
         try:
-            return await run_episode(task, domain.environment(), policy, chat, sampling.of_episode(index))
+            return await run_episode(
+                task,
+                domain.environment(),
+                policy,
+                chat,
+                sampling.of_episode(index),
+                timeout_seconds=environment_timeout_seconds,
+            )
         except BrokenEnvironment as error:
             return str(error)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,28 +36,39 @@ class Episode:
 
 
 async def run_episode(
-    task: Task, environment: Environment, policy: Generate, chat: Chat, sampling: SamplingParams
+    task: Task,
+    environment: Environment,
+    policy: Generate,
+    chat: Chat,
+    sampling: SamplingParams,
+    *,
+    timeout_seconds: float,
 ) -> Episode:
-    """Play one episode. BrokenEnvironment where the environment raised; failures of the engines pass through.
+    """Play one episode.
+
+    BrokenEnvironment where the environment raised or took longer than `timeout_seconds` over a call; failures of the
+    engines pass through.
 
     A prompt that does not fit is scored like an empty reply.
     """
-    with _blaming(environment):
+    async with _blaming(environment, timeout_seconds):
         messages = await environment.start(task)
     prompt_ids = chat.prompt_ids(messages)
     completion = await policy.generate(prompt_ids, sampling)
     reply = Message("assistant", chat.reply_text(completion.token_ids))
-    with _blaming(environment):
+    async with _blaming(environment, timeout_seconds):
         following = await environment.step(reply)
         if following:
             raise NotImplementedError("episodes of more than one turn")
+    async with _blaming(environment, timeout_seconds):
         score = await environment.score()
     return Episode(task, prompt_ids, completion, sampling.temperature, score)
 
 
-@contextmanager
-def _blaming(environment: Environment) -> Iterator[None]:
+@asynccontextmanager
+async def _blaming(environment: Environment, timeout_seconds: float) -> AsyncIterator[None]:
     try:
-        yield
+        async with asyncio.timeout(timeout_seconds):
+            yield
     except Exception as error:
         raise BrokenEnvironment(f"{type(environment).__qualname__}: {type(error).__name__}: {error}") from error
