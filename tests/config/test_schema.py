@@ -1,0 +1,72 @@
+"""The schema's own rules. How files and overrides become one configuration is tested beside the loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parts import REPOSITORY
+from pydantic import BaseModel, ValidationError
+from tiny import tiny_config
+
+from slurmkit.config import load_config
+from slurmkit.config.schema import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("grpo", {"num_promts_per_step": 4}, "Extra inputs are not permitted"),
+        ("grpo", {"num_prompts_per_step": "4"}, "valid integer"),
+        ("grpo", {"num_prompts_per_step": True}, "valid integer"),
+        ("grpo", {"num_prompts_per_step": 0}, "greater than or equal to 1"),
+        ("grpo", {"num_generations_per_prompt": 1}, "needs 2 or more"),
+        ("grpo", {"num_prompts_per_step": 3}, "train_global_batch_size 4 must divide the 6 samples"),
+        ("cluster", {"num_nodes": 8}, "4 leaves some of the 8 policy ranks without a sample"),
+        ("policy", {"model_name": "Qwen/Qwen3-0.6B"}, "exactly one of policy.model_name"),
+        ("policy", {"from_scratch": None}, "exactly one of policy.model_name"),
+        ("policy", {"generation": {"max_new_tokens": 64}}, "it must be at most 63"),
+        ("policy", {"generation": {"temperature": 0.0}}, "greater than 0"),
+        ("policy", {"from_scratch": {"hidden_size": 30}}, "multiple of twice num_attention_heads"),
+        ("policy", {"from_scratch": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads"),
+        ("env", {"name": "math"}, "data.train.data_path must name a JSONL file"),
+        ("data", {"train": {"data_path": "x.jsonl"}}, "data.train.data_path must be null"),
+        ("checkpointing", {"metric_name": "val:acuracy"}, "'val:accuracy'"),
+        ("loss_fn", {"ratio_clip_min": float("nan")}, "ratio_clip_min"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(
+    tmp_path: Path, section: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny_config(tmp_path, **{section: values})
+
+
+def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        tiny_config(tmp_path).grpo.seed = 3  # type: ignore[misc]
+
+
+def test_ranks_are_nodes_times_devices_and_one_per_node_without_any(tmp_path: Path) -> None:
+    assert tiny_config(tmp_path, cluster={"num_nodes": 2, "gpus_per_node": 2}).num_ranks == 4
+    assert tiny_config(tmp_path, cluster={"num_nodes": 3, "gpus_per_node": 0}).num_ranks == 3
+
+
+def test_every_key_says_what_it_means() -> None:
+    def undescribed(model: type[BaseModel], prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in model.model_fields.items():
+            if not field.description:
+                missing.append(prefix + name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                missing += undescribed(field.annotation, f"{prefix}{name}.")
+        return missing
+
+    assert undescribed(TrainConfig) == []
+
+
+def test_the_examples_are_valid() -> None:
+    load_config(REPOSITORY / "examples" / "grpo_arithmetic.yaml", [])
+    paths = ["data.train.data_path=a.jsonl", "data.validation.data_path=b.jsonl"]
+    load_config(REPOSITORY / "examples" / "grpo_gsm8k.yaml", paths)

@@ -1,0 +1,244 @@
+"""Whole runs on a private local Ray: what a user starts, and what a user then finds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from parts import REPOSITORY, need_shared_data
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ARITHMETIC = REPOSITORY / "examples" / "grpo_arithmetic.yaml"
+CANARY = "canary-7f3a-must-not-leave"
+# A short supervised start: enough for the form of an answer, and for groups that carry signal.
+SHORT = (
+    "env.arithmetic.num_terms=2",
+    "env.arithmetic.demonstration_error=1",
+    "policy.from_scratch.supervised_steps=150",
+    "grpo.num_prompts_per_step=8",
+    "policy.train_global_batch_size=64",
+    "policy.train_micro_batch_size=64",
+    "grpo.max_val_samples=20",
+    "grpo.val_period=2",
+    "checkpointing.save_period=2",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    output: str
+    errors: str
+    folder: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def values(self, name: str) -> list[float]:
+        return [line[name] for line in self.lines if name in line]
+
+
+def start(folder: Path, config: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"SOME_SECRET": CANARY}
+    command = [sys.executable, "-m", "slurmkit.grpo", f"--config={config}"]
+    return subprocess.Popen(
+        [*command, f"checkpointing.checkpoint_dir={folder}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def run(folder: Path, config: Path, *overrides: str, timeout: float = 300) -> Run:
+    process = start(folder, config, *overrides)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate(timeout=30)
+        raise
+    return Run(process.returncode, output, errors, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four steps without interruption."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(folder, ARITHMETIC, *SHORT, "grpo.max_num_steps=4")
+    assert done.code == 0, done.errors
+    return done
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same four steps by two attempts; the first dies after two, in the middle of writing a line."""
+    folder = tmp_path_factory.mktemp("resumed") / "run"
+    first = run(folder, ARITHMETIC, *SHORT, "grpo.max_num_steps=2")
+    assert first.code == 0, first.errors
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "train:loss": 99.0}\n{"step": 4, "tra')
+    second = run(folder, ARITHMETIC, *SHORT, "grpo.max_num_steps=4")
+    assert second.code == 0, second.errors
+    return second
+
+
+def test_metrics_have_one_line_per_step_and_the_agreed_names(whole: Run) -> None:
+    assert [line["step"] for line in whole.lines] == [0, 1, 2, 3, 4]
+    assert ["val:accuracy" in line for line in whole.lines] == [True, False, True, False, True]
+    for line in whole.lines[1:]:
+        assert {"train:reward_mean", "train:loss", "time:rollout", "time:update", "time:step"} <= line.keys()
+        assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in line.values())
+
+
+def test_engines_sample_with_the_policys_weights_after_every_update(whole: Run) -> None:
+    errors = whole.values("train:token_mult_prob_error")
+    assert len(errors) == 4
+    assert max(errors) < 1 + 1e-4
+    assert max(whole.values("train:grad_norm")) > 0.01  # and they did change
+
+
+def test_a_checkpoint_opens_with_transformers_and_has_learned_something(whole: Run) -> None:
+    models = [
+        AutoModelForCausalLM.from_pretrained(whole.folder / name).state_dict()
+        for name in ("model", "step_2/model", "step_4/model")
+    ]
+    assert models[0].keys() == models[2].keys()
+    assert any(not torch.equal(models[0][name], models[2][name]) for name in models[0])
+    assert any(not torch.equal(models[1][name], models[2][name]) for name in models[1])
+    tokenizer = AutoTokenizer.from_pretrained(whole.folder / "step_4" / "model")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1+2+3="}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == "<|user|>1+2+3=<|end|><|assistant|>"
+
+
+def test_the_plot_is_drawn_at_the_end(whole: Run) -> None:
+    assert (whole.folder / "plots" / "validation_reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wandb_has_the_run_and_nothing_of_the_environment(whole: Run) -> None:
+    files = [path for path in (whole.folder / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any(path.suffix == ".wandb" for path in files)
+    content = b"".join(path.read_bytes() for path in files)
+    assert b"val:accuracy" in content
+    assert CANARY.encode() not in content
+
+
+def test_nothing_temporary_stays(whole: Run) -> None:
+    assert not list(whole.folder.glob(".*"))
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in running if str(whole.folder) in " ".join(command)]
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(whole: Run, resumed: Run) -> None:
+    assert "going on after step 2" in resumed.output
+    assert [line["step"] for line in resumed.lines] == [0, 1, 2, 3, 4]
+    for name in ("train:reward_mean", "train:loss", "train:grad_norm", "train:trained_tokens", "val:accuracy"):
+        assert resumed.values(name) == pytest.approx(whole.values(name), rel=1e-4, abs=1e-6), name
+
+
+def test_attempts_are_one_wandb_run(resumed: Run) -> None:
+    names = [path.name for path in (resumed.folder / "wandb").glob("offline-run-*")]
+    assert len(names) == 2
+    assert len({name.rpartition("-")[2] for name in names}) == 1
+
+
+def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Path) -> None:
+    rows = [f"data.{name}.data_path={need_shared_data('gsm8k/test.jsonl')}" for name in ("train", "validation")]
+    done = run(
+        tmp_path,
+        REPOSITORY / "examples" / "grpo_gsm8k.yaml",
+        *rows,
+        "policy.from_scratch.supervised_steps=0",
+        "grpo.max_steps_without_signal=2",
+        "grpo.max_val_samples=4",
+    )
+    assert done.code == 1
+    assert done.errors.count("error:") == 1
+    assert "error: no group carried signal in 2 steps in a row (grpo.max_steps_without_signal)" in done.errors
+    assert "step 1: no group carries signal" in done.output
+    assert [line["train:dropped_groups/none_correct"] for line in done.lines[1:]] == [4, 4]
+    assert not done.values("train:loss")
+
+
+@pytest.mark.parametrize("actor", ["policy rank 0", "engine 0"])
+def test_the_death_of_an_actor_ends_the_run_with_its_name(tmp_path: Path, actor: str) -> None:
+    process = start(tmp_path, ARITHMETIC, *SHORT)
+    title = "ray::PolicyWorker" if actor.startswith("policy") else "ray::TorchEngine"
+    deadline = time.monotonic() + 200
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = [child for child in children if " ".join(child.cmdline()).startswith(title)]
+    victim.kill()
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(rf"^error: {actor} on node \S+ died before or during \w+\(\): ", errors, re.MULTILINE)
+    assert "Traceback" not in errors
+    assert time.monotonic() - killed < 30
+
+
+def test_a_run_that_ray_has_no_room_for_says_what_it_asked_and_what_there_is(tmp_path: Path) -> None:
+    overrides = ("cluster.num_nodes=2", "cluster.placement_timeout_seconds=2")
+    done = run(tmp_path, ARITHMETIC, *SHORT, "policy.from_scratch.supervised_steps=0", *overrides)
+    assert done.code == 1
+    assert "no room for the run after 2 s: it asks for 2 node(s) with 1 CPU and 0 GPU each" in done.errors
+    assert "Ray has 1 node(s)" in done.errors
+    assert "Traceback" not in done.errors
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.num_promts_per_step=4", "unknown key grpo.num_promts_per_step"),
+        ("++grpo.num_promts_per_step=4", "the nearest known key is grpo.num_prompts_per_step"),
+        ("grpo.num_prompts_per_step=3", "must divide the 48 samples of a step"),
+        ("policy.optimizer.kwargs.lr=fast", "policy.optimizer.kwargs.lr"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_message_and_exit_code_2(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    begun = time.monotonic()
+    done = run(tmp_path / "run", ARITHMETIC, override)
+    assert done.code == 2
+    assert done.errors.startswith("error: ")
+    assert message in done.errors
+    assert "Traceback" not in done.errors
+    assert done.errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - begun < 5
+
+
+def test_a_configuration_is_read_without_importing_what_is_slow() -> None:
+    program = (
+        "import sys, slurmkit.config, slurmkit.grpo.__main__;"
+        "print([name for name in ('torch', 'ray', 'transformers', 'wandb') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+def test_the_arithmetic_example_learns(tmp_path: Path) -> None:
+    done = run(tmp_path, ARITHMETIC, timeout=550)
+    assert done.code == 0, done.errors
+    accuracy = done.values("val:accuracy")
+    assert 0.05 <= accuracy[0] <= 0.25
+    assert accuracy[-1] >= 0.5
