@@ -36,15 +36,20 @@ async def train(config: TrainConfig) -> None:
     group carried signal for too long.
     """
     run_directory = Path(config.checkpointing.checkpoint_dir).absolute()
-    run_directory.mkdir(parents=True, exist_ok=True)
     domain = make_domain(config)
-    checkpoints = Checkpoints(run_directory, config.checkpointing)
-    found = checkpoints.newest_good(say)
-    order = TaskOrder(domain.train_tasks, seed=config.grpo.seed, shuffle=config.data.shuffle)
     last_step = min(
         config.grpo.max_num_steps,
         config.grpo.max_num_epochs * len(domain.train_tasks) // config.grpo.num_prompts_per_step,
     )
+    if last_step == 0:
+        raise UserError(
+            f"grpo.num_prompts_per_step {config.grpo.num_prompts_per_step} is more than the "
+            f"{len(domain.train_tasks)} training tasks times grpo.max_num_epochs {config.grpo.max_num_epochs}: "
+            "there is not one step to make"
+        )
+    checkpoints = Checkpoints(run_directory, config.checkpointing)
+    found = checkpoints.newest_good(say)
+    order = TaskOrder(domain.train_tasks, seed=config.grpo.seed, shuffle=config.data.shuffle)
     if found is None:
         checkpoint, model_path = None, starting_model(config, domain, run_directory)
         state = TrainerState(0, 0, 0, 0, order.digest, {})
@@ -55,6 +60,7 @@ async def train(config: TrainConfig) -> None:
         if state.tasks_digest != order.digest:
             raise UserError(f"{checkpoint} was trained on other tasks: give another checkpointing.checkpoint_dir")
     order.position = state.position
+    run_directory.mkdir(parents=True, exist_ok=True)
 
     chat = Chat(model_path)
     async with AsyncExitStack() as stack:

@@ -227,6 +227,14 @@ def test_a_mistake_in_the_configuration_is_one_message_and_exit_code_2(
     assert time.monotonic() - begun < 5
 
 
+def test_tasks_that_do_not_make_one_step_are_a_mistake_and_leave_nothing_behind(tmp_path: Path) -> None:
+    many = ("grpo.num_prompts_per_step=1024", "policy.train_global_batch_size=16384", "grpo.max_num_epochs=1")
+    done = run(tmp_path / "run", ARITHMETIC, *many)
+    assert done.code == 2
+    assert done.errors.startswith("error: grpo.num_prompts_per_step 1024 is more than the")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_configuration_is_read_without_importing_what_is_slow() -> None:
     program = (
         "import sys, slurmkit.config, slurmkit.grpo.__main__;"
