@@ -42,12 +42,13 @@ slurm() { # a client command, without the caller's SLURM_* and SINFO_* variables
 
 # await MACHINE DAEMON WHAT CMD...: until CMD succeeds, or the daemon has ended, or the deadline has passed
 await() {
-  local machine=$1 daemon=$2 what=$3 until=$((SECONDS + DEADLINE))
+  local machine=$1 daemon=$2 what=$3 until=$((SECONDS + DEADLINE)) last
   until "${@:4}" >"$STATE/log/probe.out" 2>&1; do
     if [[ -e $STATE/machines/$machine/$daemon.ended ]]; then
       report "$daemon on $machine ended with status $(<"$STATE/machines/$machine/$daemon.ended")" "$machine-$daemon"
     elif ((SECONDS >= until)); then
-      report "$daemon on $machine: $what within $DEADLINE s; last: $(tail -n 1 "$STATE/log/probe.out")" "$machine-$daemon"
+      last=$(grep -v '^\*' "$STATE/log/probe.out" | tail -n 1)
+      report "$daemon on $machine: $what within $DEADLINE s${last:+ ($last)}" "$machine-$daemon"
     fi
     sleep 0.05
   done
@@ -85,9 +86,9 @@ ip_in() { # ip_in MACHINE: commands for ip on standard input
   nsenter --target "$(machine_pid "$1")" --net ip -batch -
 }
 
-# The controller is also the switch and the gateway. It answers for every address outside with "unreachable" at once:
-# with a default route the nodes see their own address on a UDP connect (how Ray finds its own), and what tries to reach
-# the Internet fails in microseconds, not in minutes.
+# The controller is also the switch and the gateway. With a default route the nodes see their own address on a UDP
+# connect (how Ray finds its own); the gateway has no route onwards and forwards, so it answers "unreachable" at once and
+# what tries to reach the Internet fails in microseconds, not in minutes.
 connect_controller() {
   ip -batch - <<IP
 link add $INTERFACE type veth peer name host netns $(machine_pid controller)
@@ -100,16 +101,16 @@ link add cluster type bridge
 link set host master cluster up
 addr add $NETWORK.0.2/16 dev cluster
 link set cluster up
-route add unreachable default
 IP
   # shellcheck disable=SC2016
   in_machine controller bash -c 'cd /proc/sys/net/ipv4 && echo 1 >ip_forward && echo 0 >icmp_ratelimit'
 }
 
 connect_node() {
-  local i=${1#node}
+  local i=${1#node} card
+  card=$(printf '02:00:00:00:01:%02x' "$i") # the same after a restart: other machines remember it for half a minute
   ip_in controller <<IP
-link add port$i type veth peer name eth0 netns $(machine_pid "$1")
+link add port$i type veth peer name eth0 address $card netns $(machine_pid "$1")
 link set port$i master cluster up
 IP
   ip_in "$1" <<IP

@@ -144,18 +144,17 @@ def test_every_node_is_idle_with_eight_typed_gpus_in_both_partitions(cluster: Cl
 def test_nodes_differ_in_name_address_tmp_and_shm_and_share_a_directory(cluster: Cluster, shared: Path) -> None:
     script = f"""
         me=$(hostname)
-        touch /tmp/of-$me /dev/shm/of-$me {shared}/of-$me
-        until [[ -e {shared}/of-node1 && -e {shared}/of-node2 ]]; do sleep 0.1; done
-        echo $me $(ip -4 -o address show eth0 | awk '{{print $4}}') /tmp/of-* /dev/shm/of-* {shared}/of-*
+        touch /tmp/{PREFIX}-$me /dev/shm/{PREFIX}-$me {shared}/{PREFIX}-$me
+        until [[ -e {shared}/{PREFIX}-node1 && -e {shared}/{PREFIX}-node2 ]]; do sleep 0.1; done
+        echo $me $(ip -4 -o address show eth0 | awk '{{print $4}}') {{/tmp,/dev/shm,{shared}}}/{PREFIX}-*
     """
-    both = f"{shared}/of-node1 {shared}/of-node2"
+    both = f"{shared}/{PREFIX}-node1 {shared}/{PREFIX}-node2"
     network = cluster.network()
     assert cluster.on_nodes(script) == [
-        f"node{i} {network}.1.{i}/16 /tmp/of-node{i} /dev/shm/of-node{i} {both}" for i in (1, 2)
+        f"node{i} {network}.1.{i}/16 /tmp/{PREFIX}-node{i} /dev/shm/{PREFIX}-node{i} {both}" for i in (1, 2)
     ]
-    assert sorted(path.name for path in shared.iterdir()) == ["of-node1", "of-node2"]
-    assert not list(Path("/tmp").glob("of-node*"))
-    assert not list(Path("/dev/shm").glob("of-node*"))
+    assert sorted(path.name for path in shared.iterdir()) == [f"{PREFIX}-node1", f"{PREFIX}-node2"]
+    assert not [*Path("/tmp").glob(f"{PREFIX}-node*"), *Path("/dev/shm").glob(f"{PREFIX}-node*")]
 
 
 def test_nodes_reach_each_other_by_name_and_learn_at_once_that_nothing_else_is_there(cluster: Cluster) -> None:
@@ -283,20 +282,46 @@ def test_down_under_a_running_job_leaves_nothing_behind_and_may_be_repeated(othe
     assert (again.returncode, again.stdout) == (0, f"cluster '{other.name}' is not up\n")
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6, 1.2])
-def test_down_ends_what_a_killed_up_had_started(other: Cluster, seconds: float) -> None:
-    process = subprocess.Popen([str(SCRIPT), "--name", other.name, "up", "--nodes", "2"], env=CLEAN)
-    time.sleep(seconds)
+def start_up(cluster: Cluster, phase: str, env: dict[str, str] = CLEAN) -> subprocess.Popen[str]:
+    """An up of two nodes that has just printed the line of a phase and works on the next."""
+    command = [str(SCRIPT), "--name", cluster.name, "up", "--nodes", "2"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while phase and phase not in process.stdout.readline():
+        assert process.poll() is None, process.communicate()
+    time.sleep(0.15)
+    return process
+
+
+@pytest.mark.parametrize("phase", ["", "network", "munged", "MariaDB", "slurmdbd", "slurmctld"])
+def test_down_ends_what_a_killed_up_had_started(other: Cluster, phase: str) -> None:
+    process = start_up(other, phase)
     process.kill()
     process.wait()
     assert other("down").returncode == 0
     assert other.traces() == []
 
 
+def test_down_ends_a_client_command_that_a_killed_up_had_waited_for(other: Cluster, tmp_path: Path) -> None:
+    hanging = tmp_path / "sacctmgr"
+    hanging.write_text("#!/bin/sh\nexec sleep 600\n")
+    hanging.chmod(0o755)
+    process = start_up(other, "MariaDB", CLEAN | {"PATH": f"{tmp_path}:{CLEAN['PATH']}"})
+    process.kill()
+    process.wait()
+    assert until(lambda: any(r"sleep\x00600" in line for line in other.traces()), 2)
+    assert other("down").returncode == 0
+    assert other.traces() == []
+
+
+def test_down_ends_an_up_that_is_under_way(other: Cluster) -> None:
+    process = start_up(other, "MariaDB")
+    assert other("down").returncode == 0
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    assert other.traces() == []
+
+
 def test_an_interrupted_up_ends_what_it_started(other: Cluster) -> None:
-    command = [str(SCRIPT), "--name", other.name, "up", "--nodes", "2"]
-    process = subprocess.Popen(command, env=CLEAN, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "controller and 2 node(s)" in process.stdout.readline()
+    process = start_up(other, "network")
     process.send_signal(signal.SIGTERM)
     _, complaint = process.communicate(timeout=30)
     assert (process.returncode, complaint) == (143, "devcluster: ending what was started\n")
@@ -317,11 +342,11 @@ def test_a_daemon_that_never_answers_is_named_when_the_deadline_passes(other: Cl
     deaf = tmp_path / "munged"
     deaf.write_text("#!/bin/sh\necho deaf >&2\nsleep 600\n")
     deaf.chmod(0o755)
-    env = CLEAN | {"PATH": f"{tmp_path}:{CLEAN['PATH']}", "SLURMKIT_DEVCLUSTER_DEADLINE": "1"}
+    env = CLEAN | {"PATH": f"{tmp_path}:{CLEAN['PATH']}", "SLURMKIT_DEVCLUSTER_DEADLINE": "4"}
     shared = ("--shared", tmp_path)
     result = run(SCRIPT, "--name", other.name, "up", "--nodes", "1", "--no-accounting", *shared, env=env)
     assert result.returncode == 1
-    assert "munged on controller: no answer within 1 s" in result.stderr
+    assert "munged on controller: no answer within 4 s" in result.stderr
     assert "    deaf\n" in result.stderr
     assert other.traces() == []
 
