@@ -9,6 +9,7 @@ write_configuration() {
   write_fake_gpus
   write_slurm_conf
   write_slurmdbd_conf
+  if ((${#SITE_FILES[@]})); then cp -- "${SITE_FILES[@]}" "$STATE/etc/"; fi
 }
 
 write_names() {

@@ -245,18 +245,47 @@ def test_two_clusters_are_up_side_by_side_and_down_of_one_leaves_the_other(
 ) -> None:
     site = tmp_path / "site.conf"
     site.write_text("EnforcePartLimits=ALL\nSlurmdTimeout=77\nPartitionName=high Nodes=ALL MaxTime=00:10:00")
-    other.up("--nodes", "1", "--no-accounting", "--gpus", "2", "--gpu-type", "a100", "--conf", site)
+    sizes = ("--tmp-size", "64m", "--shm-size", "32m")
+    other.up("--nodes", "1", "--no-accounting", "--gpus", "2", "--gpu-type", "a100", "--conf", site, *sizes)
     assert other.network() != cluster.network()
     assert other.slurm("sinfo", "-h", "-o", "%P %l %D %T %G").splitlines() == [
         "high 10:00 1 idle gpu:a100:2",
         "batch* 1-00:00:00 1 idle gpu:a100:2",
     ]
     assert "SlurmdTimeout           = 77 sec" in other.slurm("scontrol", "show", "config")
+    assert other.node("node1", "df --output=size -m /tmp /dev/shm | tail -n +2").split() == ["64", "32"]
     assert other.slurm("srun", "hostname") == "node1\n"
     assert other("down").returncode == 0
     assert other.traces() == []
     assert cluster.on_nodes("hostname") == ["node1", "node2"]
     assert cluster("status").returncode == 0
+
+
+def test_a_site_tries_its_filters_with_conf_and_etc(other: Cluster, tmp_path: Path) -> None:
+    site, client, server = (tmp_path / name for name in ("site.conf", "cli_filter.lua", "job_submit.lua"))
+    site.write_text("JobSubmitPlugins=lua\nCliFilterPlugins=lua\n")
+    nothing = "function slurm_cli_setup_defaults() return 0 end function slurm_cli_post_submit() return 0 end "
+    client.write_text(nothing + "function slurm_cli_pre_submit() slurm.log_error('from the filter') return 0 end")
+    nothing = "function slurm_job_modify() return 0 end "
+    server.write_text(nothing + "function slurm_job_submit(job) slurm.log_user('from the site') return 2051 end")
+    other.up("--nodes", "1", "--no-accounting", "--conf", site, "--etc", client, "--etc", server)
+    env = CLEAN | {"SLURM_CONF": str(other.state / "etc" / "slurm.conf")}
+    refused = run("sbatch", "--wrap=true", env=env)
+    assert refused.returncode == 1
+    assert "from the filter" in refused.stderr
+    assert "from the site" in refused.stderr
+
+
+def test_the_shell_of_a_cluster_talks_to_it(cluster: Cluster) -> None:
+    command = [str(SCRIPT), "--name", cluster.name, "shell"]
+    env = CLEAN | {"SHELL": "/bin/sh"}
+    result = subprocess.run(command, input="sinfo -h -p high -o %D", env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "2\n")
+
+
+def test_a_user_who_is_not_root_runs_jobs(cluster: Cluster) -> None:
+    submit = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "srun", "--chdir=/", "id", "-u")
+    assert cluster.slurm(*submit) == "65534\n"
 
 
 def test_down_under_a_running_job_leaves_nothing_behind_and_may_be_repeated(other: Cluster, tmp_path: Path) -> None:
@@ -368,6 +397,7 @@ BAD = {
     "no such directory": (["up", "--nodes", "1", "--shared", "/tmp/no/such"], "no directory '/tmp/no/such'"),
     "no such file": (["up", "--nodes", "1", "--conf", "/no/such"], "cannot read '/no/such'"),
     "no Slurm settings": (["up", "--nodes", "1", "--conf", "/etc/hosts"], "Slurm cannot read the slurm.conf"),
+    "our own file": (["up", "--nodes", "1", "--etc", "/etc/hosts"], "hosts is written here"),
     "size": (["up", "--nodes", "1", "--tmp-size", "many"], "--tmp-size is a size like 8g"),
     "name": (["up", "--nodes", "1", "--name", "../x"], "a cluster's name is"),
 }
