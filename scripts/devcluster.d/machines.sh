@@ -210,5 +210,8 @@ tear_down() {
     sleep 0.02
   done
   ip link del "$INTERFACE" 2>/dev/null || true
-  rm -rf --one-file-system "$STATE" "$STATE.new"
+  # Away at once: a down that is killed while it removes leaves nothing that looks like somebody else's directory.
+  rm -rf --one-file-system "$STATE.new"
+  mv -T "$STATE" "$STATE.new"
+  rm -rf --one-file-system "$STATE.new"
 }
