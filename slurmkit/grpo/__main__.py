@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         config = load_config(options.config, options.overrides)
+        _protect_private_ray()
         # After the configuration, as torch and ray take seconds to import and a typo should not.
         from slurmkit.grpo.trainer import train
 
@@ -36,6 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _protect_private_ray() -> None:
+    """Give a Ray of our own a token that lives as long as it does. Ray reads this when it is imported.
+
+    Left alone, Ray makes one token for all of the user's runs, in a file in the home directory that everybody may read.
+    """
+    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 if __name__ == "__main__":
