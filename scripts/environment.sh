@@ -1,7 +1,9 @@
 # Sourced by quickstart and test: a virtual environment inside the clone, made once per state of setup.cfg.
 # shellcheck shell=bash
 
-say() { printf '\033[1m%s\033[0m\n' "$*"; }
+say() {
+  if [[ -t 1 ]]; then printf '\033[1m%s\033[0m\n' "$*"; else printf '%s\n' "$*"; fi
+}
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -21,8 +23,10 @@ make_environment() {
     say "Installing into $folder (two to four minutes, once)"
     "$python" -m venv --clear "$folder" ||
       fail "$python cannot make a virtual environment; on Debian: apt-get install python3-venv"
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@" ||
-      fail "the installation failed; its messages are above, and the next try starts afresh"
+    "$folder/bin/python" -m pip install --disable-pip-version-check "$@" >"$folder/install.log" 2>&1 || {
+      tail -n 20 "$folder/install.log" >&2
+      fail "the installation failed; all its messages are in $folder/install.log, and the next try starts afresh"
+    }
     echo "$stamp" >"$folder/.stamp"
   fi
   export PATH="$folder/bin:$PATH"

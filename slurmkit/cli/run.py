@@ -27,8 +27,7 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
     run_dir = Path(settled.spec.run_dir)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"run directory  {run_dir}", markup=False)
-    steps = settled.train.grpo.max_num_steps if settled.train else 0
-    with RunProgress(run_dir, steps, console) as progress:
+    with RunProgress(run_dir, console) as progress:
         code = run_here(settled, progress.update)
     log = run_dir / "attempts/latest/driver.log"
     if code != 0:

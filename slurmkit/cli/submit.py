@@ -16,6 +16,9 @@ from slurmkit.run import submit as queue
 from slurmkit.slurm.client import JobState
 from slurmkit.slurm.command import CommandClient
 
+# ExitCode 0:53 is how slurmd reports that it could not set up a batch script's files (src/slurmd: ESLURMD_IO_ERROR).
+_NO_OUTPUT = 53
+
 
 @click.command("submit", cls=JobCommand)
 @click.option("--dry-run", is_flag=True, help="Do everything but submit; print the file and change nothing on disk.")
@@ -44,6 +47,12 @@ def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[s
     if wait:
         end = queue.wait(client, job.job_id, _tell)
         click.echo(f"job {end.job_id} ended: {end.state}, exit code {end.code}; its output is {job.output}")
+        if end.signal == _NO_OUTPUT:
+            click.echo(
+                f"error: Slurm could not open the job's output on the node: is the run directory on a file system that "
+                f"all nodes share? {job.run_dir}",
+                err=True,
+            )
         sys.exit(end.code)
 
 

@@ -38,7 +38,7 @@ def starting_model(config: TrainConfig, domain: Domain, run_directory: Path) -> 
     sizes, name = config.policy.from_scratch, config.policy.model_name
     if sizes is not None:
         folder = run_directory / "model"
-        say(f"making a model in {folder}: {sizes.supervised_steps} supervised steps")
+        say(f"making a model: {sizes.supervised_steps} supervised steps, to {folder}")
         limit = config.policy.max_total_sequence_length
         make_model(folder, sizes, domain, max_length=limit, seed=config.grpo.seed)
         return folder

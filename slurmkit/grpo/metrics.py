@@ -1,7 +1,7 @@
 """Where a run's figures go: metrics.jsonl always, the console, and W&B when asked.
 
 Names: `train:…` of the step's rollouts and update, `val:…` of validation tasks, `time:…` seconds. One line per step;
-step 0 is the model before training.
+step 0 is the model before training, and `last_step` says in every line how many there will be.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class RunLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log everything that is known of one step, once."""
         # One write() of a whole line: whoever follows the file never reads half of one.
-        self._file.write((json.dumps({"step": step, **metrics}, allow_nan=False) + "\n").encode())
+        self._file.write(
+            (json.dumps({"step": step, "last_step": self._last_step, **metrics}, allow_nan=False) + "\n").encode()
+        )
         shown = [form.format(metrics[name]) for name, form in _SHOWN if name in metrics]
         say(f"step {step}/{self._last_step}  " + "  ".join(shown))
         if self._wandb is not None:

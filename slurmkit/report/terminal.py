@@ -18,15 +18,14 @@ _LINE_EVERY = 20.0
 class RunProgress:
     """Call `update` as often as wanted; it reads what was appended since."""
 
-    def __init__(self, run_dir: Path, total_steps: int, console: Console) -> None:
+    def __init__(self, run_dir: Path, console: Console) -> None:
         self._metrics = run_dir / "metrics.jsonl"
         # An earlier attempt's lines are history, not progress.
-        self._offset = self._metrics.stat().st_size if self._metrics.exists() else 0
-        self._total = total_steps
+        self._inode, self._offset = self._identify()
         self._console = console
         self._first: tuple[int, float] | None = None
         self._latest: dict[str, Any] = {}
-        self._said = time.monotonic()
+        self._text, self._said = "", time.monotonic()
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", table_column=None),
@@ -36,7 +35,7 @@ class RunProgress:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", total=total_steps, facts="")
+        self._task = self._bar.add_task("starting", total=None, facts="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -52,43 +51,54 @@ class RunProgress:
         rows = self._read_new_rows()
         for row in rows:
             self._latest.update(row)
-            if self._first is None:
-                self._first = (int(row["step"]), time.monotonic())
+        if rows and self._first is None:
+            self._first = (int(rows[-1]["step"]), time.monotonic())
         if not self._latest:
             self._say(_last_line(log), force=False)
             return
         facts = self._facts()
-        self._bar.update(self._task, completed=self._latest["step"], description="training", facts=facts)
+        step, last = self._latest["step"], self._latest["last_step"]
+        self._bar.update(self._task, completed=step, total=last, description="training", facts=facts)
         self._say(facts, force=any("val:accuracy" in row for row in rows))
 
     def _facts(self) -> str:
-        step = int(self._latest["step"])
-        parts = [f"step {step}/{self._total}"]
+        step, last = int(self._latest["step"]), int(self._latest["last_step"])
+        parts = [f"step {step}/{last}"]
         for name, label in (("train:reward_mean", "reward"), ("val:accuracy", "accuracy")):
             if self._latest.get(name) is not None:
                 parts.append(f"{label} {self._latest[name]:.2f}")
         assert self._first is not None
         first_step, started = self._first
         if step > first_step:
-            left = (time.monotonic() - started) / (step - first_step) * (self._total - step)
+            left = (time.monotonic() - started) / (step - first_step) * (last - step)
             parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
         return "  ".join(parts)
 
     def _say(self, text: str, force: bool) -> None:
         if self._console.is_terminal:
             if not self._latest:
-                self._bar.update(self._task, facts=text)
-        elif text and (force or time.monotonic() - self._said > _LINE_EVERY):
-            self._said = time.monotonic()
+                self._bar.update(self._task, facts=text[:80])
+        elif text != self._text and (force or time.monotonic() - self._said > _LINE_EVERY):
+            self._text, self._said = text, time.monotonic()
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _read_new_rows(self) -> list[dict[str, Any]]:
+    def _identify(self) -> tuple[int, int]:
         try:
-            with self._metrics.open("rb") as file:
-                file.seek(self._offset)
-                text = file.read()
+            status = self._metrics.stat()
         except FileNotFoundError:
+            return 0, 0
+        return status.st_ino, status.st_size
+
+    def _read_new_rows(self) -> list[dict[str, Any]]:
+        inode, size = self._identify()
+        if inode != self._inode or size < self._offset:
+            # A resumed run begins by taking back the lines after its checkpoint.
+            self._inode, self._offset = inode, 0
+        if size == self._offset:
             return []
+        with self._metrics.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
@@ -99,4 +109,4 @@ def _last_line(log: Path) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return lines[-1][:100] if lines else ""
+    return lines[-1] if lines else ""

@@ -1,4 +1,4 @@
-"""Settling: layers over each other, the origin of every value, and the training configuration filled in from the job."""
+"""Settling: layers over each other, the origin of every value, the training configuration filled in from the job."""
 
 from __future__ import annotations
 

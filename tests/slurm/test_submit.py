@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -293,7 +294,7 @@ def test_an_interrupted_wait_leaves_the_job_running(cluster: Cluster, shared_pat
 def test_the_example_trains_across_all_nodes(cluster: Cluster, shared_path: Path, nodes: int) -> None:
     done = cluster.slurmkit(
         shared_path, "submit", "--wait", "-N", str(nodes), "--config", REPOSITORY / "examples/grpo_arithmetic.yaml",
-        "grpo.max_num_steps=2", "grpo.num_prompts_per_step=8", "policy.train_global_batch_size=128",
+        "grpo.max_num_steps=2", "++grpo.num_prompts_per_step=8",
         "policy.from_scratch.supervised_steps=300", "grpo.max_val_samples=16",
     )  # fmt: skip
     run_dir = shared_path / "results/grpo_arithmetic"
@@ -318,3 +319,14 @@ def test_a_controller_that_does_not_answer_is_a_failure_and_leaves_nothing(
     assert done.returncode == 1
     assert "Unable to contact slurm controller" in done.stderr
     assert list(shared_path.iterdir()) == []
+
+
+def test_a_run_directory_that_nodes_do_not_share_is_said_to_be_the_reason(cluster: Cluster, shared_path: Path) -> None:
+    # On the nodes /tmp is their own: there the job's output cannot be opened, and Slurm itself says nothing.
+    with tempfile.TemporaryDirectory(dir="/tmp") as private:
+        done = cluster.slurmkit(shared_path, "submit", "--wait", "--results-dir", private, "--", "true")
+    assert done.returncode != 0
+    assert (
+        "could not open the job's output on the node: is the run directory on a file system that all nodes share?"
+        in (done.stderr)
+    )
