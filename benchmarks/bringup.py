@@ -1,4 +1,5 @@
-"""Seconds from a job's start to its driver's start, for several node counts, beside the floor of a bare `ray start`.
+"""Seconds from a job's start to its driver's start, and from the driver's end until every node has left, for several
+node counts, beside the floor of a bare `ray start`.
 
 The floor is what Ray itself takes on the same nodes in the same run: `ray start --head` on one node, then
 `ray start --address` on all others at once, with no waiting, no checks and no clean-up in between.
@@ -47,14 +48,15 @@ scancel "$SLURM_JOB_ID"
 """
 
 
-def slurmkit_seconds(nodes: int, here: Path) -> float:
-    """From the batch script's first action on disk to the driver's first instruction."""
+def slurmkit_seconds(nodes: int, here: Path) -> tuple[float, float]:
+    """Bring-up: from the batch script's first action on disk to the driver's. Teardown: to the script's last one."""
     name = f"bench-{nodes}-{time.monotonic_ns()}"
     command = [BIN / "slurmkit", "submit", "--wait", "-N", str(nodes), "--set", "ray.num_cpus=1", "--name", name]
     keys = ["--set", "ray.object_store_memory=100000000", "--", "date", "+%s.%N"]
     subprocess.run([*command, *keys], cwd=here, check=True, stdout=subprocess.DEVNULL)
     attempts = here / "results" / name / "attempts"
-    return float((attempts / "latest/driver.log").read_text()) - (attempts / "latest").lstat().st_mtime
+    driver = float((attempts / "latest/driver.log").read_text())
+    return driver - (attempts / "latest").lstat().st_mtime, (attempts / "latest/bringup").stat().st_mtime - driver
 
 
 def floor_seconds(nodes: int, here: Path) -> float:
@@ -75,14 +77,18 @@ def measure(counts: list[int], repeat: int, here: Path) -> list[dict[str, float]
     """Medians, the two taken in turns so that both meet the same other load."""
     rows = []
     for nodes in counts:
-        ours, floors = [], []
+        ups, downs, floors = [], [], []
         for _ in range(repeat):
             floors.append(floor_seconds(nodes, here))
-            ours.append(slurmkit_seconds(nodes, here))
-        row = {"nodes": nodes, "slurmkit_s": statistics.median(ours), "bare_ray_s": statistics.median(floors)}
-        row["ratio"] = row["slurmkit_s"] / row["bare_ray_s"]
+            up, down = slurmkit_seconds(nodes, here)
+            ups.append(up)
+            downs.append(down)
+        row = {"nodes": nodes, "bringup_s": statistics.median(ups), "bare_ray_s": statistics.median(floors)}
+        row |= {"ratio": row["bringup_s"] / row["bare_ray_s"], "teardown_s": statistics.median(downs)}
         rows.append(row)
-        print("{nodes:5d}  {slurmkit_s:10.1f}  {bare_ray_s:10.1f}  {ratio:6.2f}".format(**row), flush=True)
+        print(
+            "{nodes:5d} {bringup_s:11.1f} {bare_ray_s:12.1f} {ratio:8.2f} {teardown_s:12.2f}".format(**row), flush=True
+        )
     return rows
 
 
@@ -99,7 +105,7 @@ def main() -> None:
         line = subprocess.run([DEVCLUSTER, "env", *cluster], check=True, capture_output=True, text=True).stdout
         os.environ["SLURM_CONF"] = re.sub(r".*SLURM_CONF=", "", line).strip()
         with tempfile.TemporaryDirectory(dir="/var/tmp") as here:
-            print("nodes  slurmkit s  bare Ray s   ratio")
+            print("nodes   bring-up s   bare Ray s    ratio   teardown s")
             rows = measure(options.nodes, options.repeat, Path(here))
     finally:
         subprocess.run([DEVCLUSTER, "down", *cluster], check=True)
