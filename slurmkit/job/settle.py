@@ -41,22 +41,16 @@ class Settled:
     """A job that is ready to be rendered."""
 
     spec: JobSpec
-    train: TrainConfig | None
-    """The training configuration; None where the user brings a command of their own."""
-
     origins: dict[str, str]
     """Where each key of the spec was set."""
 
     @property
-    def config_text(self) -> str | None:
-        """What the run directory's config.yaml holds."""
-        return None if self.train is None else _as_yaml(self.train)
-
-    @property
-    def identity(self) -> dict[str, str | None]:
-        """What makes two submissions attempts of the same run."""
-        own = None if self.train is not None else hashlib.sha256("\0".join(self.spec.command).encode()).hexdigest()
-        return {"training configuration": self.spec.config_digest, "command": own}
+    def identity(self) -> dict[str, str]:
+        """What makes two submissions attempts of the same run: the digest of what runs."""
+        kind, text = "command", "\0".join(self.spec.command)
+        if self.spec.config is not None:
+            kind, text = "training configuration", self.spec.config
+        return {kind: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def settle(request: Request, directory: Path) -> Settled:
@@ -84,11 +78,10 @@ def settle(request: Request, directory: Path) -> Settled:
     }
     source = merge([Source(defaults, dict.fromkeys(((key,) for key in defaults), "default")), source])
     source.data.setdefault("run_dir", str(results_dir / str(source.data["name"])))
-    train = None
     if config is not None:
         train = _settle_training(config, overrides, source)
         source.data["run_dir"] = train.checkpointing.checkpoint_dir
-        source.data["config_digest"] = hashlib.sha256(_as_yaml(train).encode()).hexdigest()
+        source.data["config"] = _as_yaml(train)
         source.data["command"] = [
             source.data["python"],
             "-m",
@@ -96,7 +89,7 @@ def settle(request: Request, directory: Path) -> Settled:
             f"--config={train.checkpointing.checkpoint_dir}/config.yaml",
         ]
     spec = validate(JobSpec, source)
-    return Settled(spec, train, {key: origin_of(source, (key,)) or "settled" for key in JobSpec.model_fields})
+    return Settled(spec, {key: origin_of(source, (key,)) or "settled" for key in JobSpec.model_fields})
 
 
 def _files(request: Request, directory: Path) -> list[Source]:
@@ -180,4 +173,7 @@ def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> 
 
 
 def _as_yaml(train: TrainConfig) -> str:
-    return yaml.safe_dump(train.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # Innermost groups on one line each: complete, and still short enough to read in the script.
+    return yaml.safe_dump(
+        train.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+    )

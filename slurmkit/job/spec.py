@@ -19,6 +19,7 @@ _GRES = re.compile(
 )
 _GPUS = re.compile(r"([A-Za-z0-9_.-]+:)?\d+")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(API_KEY|ACCESS_KEY|SECRET|TOKEN|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # Slurm reads each directive into a buffer of this many bytes, and cuts the rest off in silence.
 _DIRECTIVE_BYTES = 8000
@@ -137,8 +138,8 @@ class JobSpec(Section):
     workdir: AbsolutePath
     run_dir: AbsolutePath
     command: Annotated[tuple[Word, ...], Field(min_length=1, strict=False)]
-    config_digest: str | None = None
-    """sha256 of the run directory's config.yaml, so that the script changes when the configuration does."""
+    config: Word | None = None
+    """The training configuration, settled and whole, as YAML; the script writes it to the run directory."""
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:
@@ -149,6 +150,11 @@ class JobSpec(Section):
                 raise ValueError(f"env: {name!r} cannot name an environment variable")
             if name.startswith(("SLURM", "SBATCH_")):
                 raise ValueError(f"env: {name} belongs to Slurm and cannot be set")
+            if _SECRET.search(name):
+                raise ValueError(
+                    f"env: {name} looks like a secret, and the script that would hold it is stored and shown: export "
+                    "it in your shell, whose environment the job inherits"
+                )
         for option in self.sbatch:
             if not _OPTION.fullmatch(option):
                 raise ValueError(f"sbatch: {option!r} is not a long option of sbatch, such as switches or mail-type")

@@ -56,16 +56,15 @@ class RunDirectory:
         """One record per attempt so far."""
         return list((self.record or {}).get("attempts", []))
 
-    def refuse_other(self, identity: Mapping[str, str | None]) -> None:
+    def refuse_other(self, identity: Mapping[str, str]) -> None:
         """A name belongs to one run: going on is an attempt, anything else needs a name of its own."""
         record = self.record
         if record is None:
             return
-        changed = [key for key, value in identity.items() if record["identity"].get(key) != value]
-        if changed:
+        if record["identity"] != identity:
             raise UserError(
-                f"{self.path} holds a run with another {' and '.join(changed)}. Give this one a name of its own "
-                f"(--name), or remove that directory"
+                f"{self.path} holds a run with another {' or '.join(record['identity'])}. Give this one a name "
+                f"of its own (--name), or remove that directory"
             )
 
     def prepare(self, files: Mapping[str, str]) -> None:
@@ -88,7 +87,7 @@ class RunDirectory:
             else:
                 path.unlink(missing_ok=True)
 
-    def add_attempt(self, identity: Mapping[str, str | None], attempt: Mapping[str, Any]) -> None:
+    def add_attempt(self, identity: Mapping[str, str], attempt: Mapping[str, Any]) -> None:
         """Record an attempt: with it, the run exists."""
         record = {"identity": dict(identity), "attempts": [*self.attempts, dict(attempt)]}
         write_beside(self.path / "run.json", json.dumps(record, indent=2) + "\n")

@@ -27,8 +27,7 @@ def run_here(settled: Settled, tell: Callable[[Path], None]) -> int:
     spec = settled.spec
     directory = RunDirectory(Path(spec.run_dir))
     directory.refuse_other(settled.identity)
-    config = settled.config_text
-    directory.prepare({"config.yaml": config} if config is not None else {})
+    directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
     with _alone_in(directory.path):
         name = f"local-{len(directory.attempts) + 1}"
         attempt = directory.path / "attempts" / name

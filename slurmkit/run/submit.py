@@ -36,8 +36,7 @@ def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
     """Write the run directory, submit, compare, record. A refused submission leaves nothing behind."""
     spec = settled.spec
     directory = check(settled, script, client)
-    config = settled.config_text
-    directory.prepare({"job.sbatch": script, **({"config.yaml": config} if config is not None else {})})
+    directory.prepare({"job.sbatch": script})
     path = directory.path / "job.sbatch"
     try:
         job_id = client.submit(path)

@@ -187,12 +187,10 @@ def test_the_death_of_an_actor_ends_the_run_with_its_name(tmp_path: Path, actor:
     children = psutil.Process(process.pid).children(recursive=True)
     (victim,) = [child for child in children if " ".join(child.cmdline()).startswith(title)]
     victim.kill()
-    killed = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(rf"^error: {actor} on node \S+ died before or during \w+\(\): ", errors, re.MULTILINE)
     assert "Traceback" not in errors
-    assert time.monotonic() - killed < 30
 
 
 def test_a_run_that_ray_has_no_room_for_says_what_it_asked_and_what_there_is(tmp_path: Path) -> None:
@@ -209,14 +207,13 @@ def test_a_run_that_ray_has_no_room_for_says_what_it_asked_and_what_there_is(tmp
     [
         ("grpo.num_promts_per_step=4", "unknown key grpo.num_promts_per_step"),
         ("++grpo.num_promts_per_step=4", "the nearest known key is grpo.num_prompts_per_step"),
-        ("grpo.num_prompts_per_step=3", "must divide the 48 samples of a step"),
+        ("policy.train_global_batch_size=100", "must divide the 512 samples of a step"),
         ("policy.optimizer.kwargs.lr=fast", "policy.optimizer.kwargs.lr"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_message_and_exit_code_2(
     tmp_path: Path, override: str, message: str
 ) -> None:
-    begun = time.monotonic()
     done = run(tmp_path / "run", ARITHMETIC, override)
     assert done.code == 2
     assert done.errors.startswith("error: ")
@@ -224,7 +221,6 @@ def test_a_mistake_in_the_configuration_is_one_message_and_exit_code_2(
     assert "Traceback" not in done.errors
     assert done.errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    assert time.monotonic() - begun < 5
 
 
 def test_tasks_that_do_not_make_one_step_are_a_mistake_and_leave_nothing_behind(tmp_path: Path) -> None:

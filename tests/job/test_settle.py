@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slurmkit.errors import UserError
 from slurmkit.job.render import render
@@ -57,19 +58,20 @@ def test_a_training_configuration_becomes_a_command_on_the_run_directory_s_copy(
     settled = settle(Request(config=here / "train.yaml", overrides=("grpo.seed=5",), flags={"nodes": 2}), here)
     run_dir = f"{here}/results/train"
     assert settled.spec.command[1:] == ("-m", "slurmkit.grpo", f"--config={run_dir}/config.yaml")
-    assert settled.train is not None
-    assert settled.train.cluster.num_nodes == 2
-    assert settled.train.checkpointing.checkpoint_dir == run_dir
-    assert settled.config_text is not None
-    assert "seed: 5" in settled.config_text
+    assert settled.spec.config is not None
+    config = yaml.safe_load(settled.spec.config)
+    assert config["cluster"]["num_nodes"] == 2
+    assert config["checkpointing"]["checkpoint_dir"] == run_dir
+    assert config["grpo"]["seed"] == 5
+    assert config["loss_fn"]["ratio_clip_max"] == 0.2, "defaults are written out"
 
 
 def test_the_copy_of_the_configuration_settles_to_itself(here: Path) -> None:
     settled = settle(Request(config=here / "train.yaml", flags={"nodes": 2}), here)
-    assert settled.config_text is not None
-    (here / "copy.yaml").write_text(settled.config_text)
+    assert settled.spec.config is not None
+    (here / "copy.yaml").write_text(settled.spec.config)
     again = settle(Request(config=here / "copy.yaml", flags={"nodes": 2}), here)
-    assert again.config_text == settled.config_text
+    assert again.spec.config == settled.spec.config
 
 
 def test_a_changed_configuration_changes_the_script(here: Path) -> None:
