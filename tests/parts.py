@@ -11,6 +11,27 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
+# Values that break careless quoting.
+HOSTILE = [
+    "a b",
+    "it's",
+    '"',
+    "$HOME",
+    "`id`",
+    "$(id)",
+    "a;b",
+    "}",
+    "x\ny\n",
+    "é漢🙂",
+    "%j %x 100%",
+    "\\",
+    "*",
+    "#",
+    "-n",
+    "",
+    "A=b",
+]
+
 
 def missing(reason: str) -> None:
     """Skip the test, or fail it where every part must be there."""

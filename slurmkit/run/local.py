@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slurmkit.errors import UserError
@@ -71,14 +71,12 @@ def _supervise(settled: Settled, log: Path, tell: Callable[[Path], None]) -> int
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ask the command to leave; what is left of its process group after that, or after the grace, is killed."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
+        with suppress(subprocess.TimeoutExpired):
             child.wait(_GRACE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _link_latest(attempt: Path) -> None:

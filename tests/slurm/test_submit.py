@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SLURMKIT, Cluster
-from parts import REPOSITORY
+from parts import HOSTILE, REPOSITORY
 
 # The driver of these tests: asks Ray which nodes are there, as any driver would.
 COUNT = """
@@ -24,25 +24,6 @@ alive = [node for node in ray.nodes() if node["Alive"]]
 gpus = [node["Resources"].get("GPU", 0) for node in alive]
 print(json.dumps({"nodes": sorted(node["NodeManagerHostname"] for node in alive), "gpus": gpus}))
 """
-HOSTILE = [
-    "a b",
-    "it's",
-    '"',
-    "$HOME",
-    "`id`",
-    "$(id)",
-    "a;b",
-    "}",
-    "x\ny\n",
-    "é漢🙂",
-    "%j %x 100%",
-    "\\",
-    "*",
-    "#",
-    "-n",
-    "",
-    "A=b",
-]
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
