@@ -40,7 +40,9 @@ def draw_validation_reward(run_directory: Path) -> Path:
         last_step, last = accuracy[-1]
         axes.annotate(f"{last:.2f}", (last_step, last), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.set(xlabel="step", ylabel="accuracy, reward", title=run_directory.absolute().name)
-    axes.set_ylim(bottom=min(0.0, *(value for _, value in accuracy + reward)))
+    values = [value for _, value in accuracy + reward]
+    # Room above for the last figure.
+    axes.set_ylim(min(0.0, *values), 1.1 * max(0.1, *values))
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
 

@@ -24,7 +24,7 @@ def submission_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name in _KEPT or not name.startswith(("SBATCH_", "SLURM_", "SRUN_", "SALLOC_"))
+        if name in _KEPT or not name.startswith(("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_"))
     }
 
 
