@@ -23,7 +23,8 @@ _TAIL = 30
 @click.pass_context
 def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
     """Train on this machine, without Slurm: the same run directory, the same driver."""
-    settled = settle(request_from(context, words, options), Path.cwd())
+    # Whatever a project's file says: here is one node.
+    settled = settle(request_from(context, words, {**options, "nodes": 1}), Path.cwd())
     run_dir = Path(settled.spec.run_dir)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"run directory  {run_dir}", markup=False)

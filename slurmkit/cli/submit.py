@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.job.render import render
 from slurmkit.job.settle import settle
+from slurmkit.report.terminal import RunProgress
 from slurmkit.run import submit as queue
 from slurmkit.slurm.client import JobState
 from slurmkit.slurm.command import CommandClient
@@ -42,10 +44,14 @@ def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[s
     click.echo(f"job            {job.job_id}")
     click.echo(f"rendered file  {job.script}")
     click.echo(f"run directory  {job.run_dir}")
-    logs = [str(job.output), str(job.run_dir / "attempts/latest/driver.log")]
-    click.echo(f"follow it      tail -F {shlex.join(logs)}")
+    log = job.run_dir / "attempts/latest/driver.log"
+    click.echo(f"follow it      tail -F {shlex.join([str(job.output), str(log)])}")
     if wait:
-        end = queue.wait(client, job.job_id, _tell)
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        with RunProgress(job.run_dir, console) as progress:
+            end = queue.wait(
+                client, job.job_id, lambda job: console.print(_in_words(job)), lambda: progress.update(log)
+            )
         click.echo(f"job {end.job_id} ended: {end.state}, exit code {end.code}; its output is {job.output}")
         if end.signal == _NO_OUTPUT:
             click.echo(
@@ -56,7 +62,7 @@ def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[s
         sys.exit(end.code)
 
 
-def _tell(job: JobState) -> None:
+def _in_words(job: JobState) -> str:
     why = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("", "None") else ""
     where = f" on {job.nodes}" if job.nodes not in ("", "(null)") else ""
-    click.echo(f"job {job.job_id} is {job.state}{why}{where}")
+    return f"job {job.job_id} is {job.state}{why}{where}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,9 +61,11 @@ def settle(request: Request, directory: Path) -> Settled:
     key, value and origin.
     """
     source = merge([*_files(request, directory), _from_flags(request.flags)])
-    config = _take_path(source, "config", directory) if request.config is None else request.config
+    in_file, overrides_in_file = _take_path(source, "config", directory), _take_list(source, "overrides")
     results_dir = _take_path(source, "results_dir", directory) or directory / "results"
-    overrides = (*_take_list(source, "overrides"), *request.overrides)
+    config, overrides = request.config, request.overrides
+    if not request.command:  # which beats what a file would run
+        config, overrides = config or in_file, (*overrides_in_file, *overrides)
     if config is None and not request.command and "command" not in source.data:
         raise UserError("nothing to run: give --config FILE for slurmkit's trainer, or a command of your own after --")
     if config is not None and request.command:
@@ -139,12 +142,14 @@ def _absolute(path: str, directory: Path) -> str:
 
 
 def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]) -> str:
+    """After the file that says what runs, in the characters that a name may have."""
     if config is not None:
-        return config.stem
-    if request.run_file is not None:
-        return request.run_file.stem
-    command = request.command or data["command"]
-    return os.path.basename(str(command[0])) if command else "run"
+        name = config.stem
+    elif request.run_file is not None:
+        name = request.run_file.stem
+    else:
+        name = os.path.basename(str((request.command or data["command"] or ["run"])[0]))
+    return re.sub(r"^[._+-]+|-+$", "", re.sub(r"[^A-Za-z0-9._+-]+", "-", name))[:100] or "run"
 
 
 def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> TrainConfig:

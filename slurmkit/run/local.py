@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,6 +56,9 @@ def _supervise(settled: Settled, log: Path, tell: Callable[[Path], None]) -> int
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    # As an interrupt does: the command must not outlive the one who watches it.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         while True:
             tell(log)

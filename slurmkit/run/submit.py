@@ -44,7 +44,13 @@ def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
         directory.undo()
         raise
     directory.add_attempt(settled.identity, {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}"})
-    if client.script_of(job_id) != script.encode():
+    try:
+        stored = client.script_of(job_id)
+    except Failure as error:
+        raise Failure(
+            f"job {job_id} was submitted, but its script cannot be read back to be compared: {error}"
+        ) from None
+    if stored != script.encode():
         client.cancel(job_id)
         raise Failure(f"the script that Slurm stored for job {job_id} differs from {path}; the job was cancelled")
     return Submitted(job_id, path, directory.path)
@@ -65,8 +71,8 @@ def check(settled: Settled, script: str, client: SlurmClient) -> RunDirectory:
     return directory
 
 
-def wait(client: SlurmClient, job_id: str, tell: Callable[[JobState], None]) -> JobState:
-    """Wait until the job has ended for good; `tell` hears of each change of state."""
+def wait(client: SlurmClient, job_id: str, tell: Callable[[JobState], None], meanwhile: Callable[[], None]) -> JobState:
+    """Wait until the job has ended for good. `tell` hears of each change of state, `meanwhile` is called in between."""
     last: tuple[str, str] | None = None
     seen = time.monotonic()
     while True:
@@ -80,4 +86,5 @@ def wait(client: SlurmClient, job_id: str, tell: Callable[[JobState], None]) -> 
                 return job
         elif time.monotonic() - seen > _FORGOTTEN:
             raise Failure(f"Slurm knows no job {job_id} any more, and has no record of how it ended")
+        meanwhile()
         time.sleep(_POLL)

@@ -82,7 +82,7 @@ class CommandClient:
 
     def script_of(self, job_id: str) -> bytes:
         """See SlurmClient."""
-        return self._run("scontrol", "write", "batch_script", job_id, "-").encode()
+        return self._run("scontrol", "write", "batch_script", job_id, "-").encode("utf-8", "surrogateescape")
 
     def _run(self, *command: str, input: str = "") -> str:
         try:
@@ -106,7 +106,10 @@ class CommandClient:
 
 
 def _from_scontrol(job_id: str, line: str) -> JobState:
-    fields = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|NodeList)=(\S*)", line))
+    fields: dict[str, str] = {}
+    for name, value in re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|NodeList)=(\S*)", line):
+        # The first of each: what comes later may stand in a path or a comment of the user's.
+        fields.setdefault(name, value)
     exit_code, _, signal = fields.get("ExitCode", "0:0").partition(":")
     return JobState(
         job_id,

@@ -48,6 +48,13 @@ def test_the_project_file_is_found_from_a_folder_below_it(here: Path) -> None:
     assert spec.run_dir == f"{here}/out/date", "a path in a file is relative to the file"
 
 
+def test_a_command_on_the_command_line_beats_a_configuration_in_a_file(here: Path) -> None:
+    (here / "slurmkit.yaml").write_text("config: train.yaml\noverrides: [grpo.seed=5]\n")
+    assert "seed: 5" in str(settle(Request(), here).spec.config)
+    spec = settle(Request(command=("date",)), here).spec
+    assert (spec.command, spec.config) == (("date",), None)
+
+
 def test_numbers_in_a_file_may_stand_for_text(here: Path) -> None:
     (here / "job.yaml").write_text("time: 30\nmem: 64\nenv: {OMP_NUM_THREADS: 8}\ngpus_per_node: 8\ncommand: [date]\n")
     spec = settle(Request(run_file=here / "job.yaml"), here).spec
@@ -85,6 +92,13 @@ def test_a_changed_configuration_changes_the_script(here: Path) -> None:
 def test_a_configured_checkpoint_directory_is_the_run_directory(here: Path) -> None:
     request = Request(config=here / "train.yaml", overrides=("checkpointing.checkpoint_dir=there/x",))
     assert settle(request, here).spec.run_dir == f"{here}/there/x"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("./my script.sh", "my-script.sh"), ("/usr/bin/[", "run"), ("-x", "x"), ("é", "run")]
+)
+def test_a_name_taken_from_a_command_is_one_that_a_folder_can_have(here: Path, command: str, name: str) -> None:
+    assert settle(Request(command=(command,)), here).spec.name == name
 
 
 def test_settling_changes_nothing_on_disk(here: Path) -> None:

@@ -65,17 +65,27 @@ def test_another_command_under_a_used_name_is_refused(here: Path) -> None:
     assert not (here / "results/x/attempts/local-2").exists()
 
 
-def test_an_interrupt_ends_the_command_and_its_children(here: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_command_and_its_children(here: Path, number: int, code: int) -> None:
     # One process that leaves when asked, and one that has to be made to.
     script = "trap 'echo asked; exit 3' TERM; (trap '' TERM; sleep 300 & echo $! >pid.new; mv pid.new pid; wait) & wait"
     child = subprocess.Popen([SLURMKIT, "run", "--", "bash", "-c", script], cwd=here, stderr=subprocess.PIPE, text=True)
     wait_for(here / "pid")
     time.sleep(0.2)
-    child.send_signal(signal.SIGINT)
-    assert child.wait(30) == 130
+    child.send_signal(number)
+    assert child.wait(30) == code
     assert (here / "results/bash/attempts/latest/driver.log").read_text() == "asked\n"
     left = int((here / "pid").read_text())
     assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_project_s_node_count_does_not_reach_a_run_on_this_machine(here: Path) -> None:
+    (here / "slurmkit.yaml").write_text("nodes: 8\n")
+    config = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ncluster: {num_nodes: 8}\n"
+    (here / "train.yaml").write_text(config)
+    done = run(here, "--config", "train.yaml")
+    assert done.returncode == 2
+    assert "cluster.num_nodes is 8 in train.yaml but the job has nodes 1" in done.stderr
 
 
 def test_two_runs_at_once_do_not_share_a_directory(here: Path) -> None:

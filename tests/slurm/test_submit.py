@@ -79,7 +79,8 @@ def test_every_character_of_a_command_arrives_as_typed_and_so_do_environment_and
     cluster: Cluster, shared_path: Path
 ) -> None:
     values = [f"--env=V{index}={value}" for index, value in enumerate(HOSTILE)]
-    comment = 'it\'s "50%" \\ $HOME # `id` é'
+    # The end looks like what scontrol prints of a job's state, and must not be taken for it.
+    comment = 'it\'s "50%" \\ $HOME # `id` é JobState=FAILED ExitCode=9:0 NodeList=x'
     show = 'printf "%s\\0" "$@" >arguments; for i in $(seq 0 16); do v=V$i; printf "%s\\0" "${!v}"; done >environment'
     done = cluster.slurmkit(
         shared_path, "submit", "--wait", "--comment", comment, *values, "--", "bash", "-c", show, "zero", *HOSTILE
@@ -177,6 +178,23 @@ def test_a_refusal_by_sbatch_is_told_in_slurm_s_words_and_leaves_nothing(
     assert done.stderr.startswith("error: Slurm would refuse this job: sbatch failed with exit code ")
     assert reason in done.stderr
     assert list(shared_path.iterdir()) == []
+
+
+def test_a_submission_that_is_refused_at_the_last_moment_leaves_nothing(cluster: Cluster, shared_path: Path) -> None:
+    # As when somebody else uses up an account's last job in between; an sbatch that says so stands in for that.
+    (shared_path / "bin").mkdir()
+    sbatch = shared_path / "bin/sbatch"
+    sbatch.write_text(
+        "#!/bin/bash\n"
+        '[[ $1 == --test-only ]] && exec /usr/bin/sbatch "$1"\n'
+        'echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1\n'
+    )
+    sbatch.chmod(0o755)
+    path = f"{shared_path}/bin:{os.environ['PATH']}"
+    done = cluster.slurmkit(shared_path, "submit", "--", "true", PATH=path)
+    assert done.returncode == 1
+    assert "Job violates accounting/QOS policy" in done.stderr
+    assert [entry.name for entry in shared_path.iterdir()] == ["bin"]
 
 
 def test_a_run_has_one_job_at_a_time_and_going_on_is_another_attempt(cluster: Cluster, shared_path: Path) -> None:
@@ -280,6 +298,7 @@ def test_the_example_trains_across_all_nodes(cluster: Cluster, shared_path: Path
     )  # fmt: skip
     run_dir = shared_path / "results/grpo_arithmetic"
     assert done.returncode == 0, done.stdout + (run_dir / "attempts/latest/driver.log").read_text()
+    assert "step 2/2  reward " in done.stdout, "--wait shows the progress"
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert {"train:reward_mean", "train:loss"} <= rows[1].keys()
