@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from parts import REPOSITORY, need_slurm
 
 SCRIPT = REPOSITORY / "scripts" / "devcluster"
+QUOTED = shlex.quote(str(SCRIPT))
 PREFIX = f"t{os.getpid()}"  # two test runs on one machine do not meet
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SINFO"))}
 
@@ -51,7 +53,7 @@ class Cluster:
 
     def slurm(self, *command: str | Path) -> str:
         """What a Slurm command prints on the host, which must succeed and complain of nothing."""
-        exported = run("bash", "-c", f'eval "$({SCRIPT} --name {self.name} env)"; echo "$SLURM_CONF"').stdout.strip()
+        exported = run("bash", "-c", f'eval "$({QUOTED} --name {self.name} env)"; echo "$SLURM_CONF"').stdout.strip()
         result = run(*command, env=CLEAN | {"SLURM_CONF": exported})
         assert (result.returncode, result.stderr) == (0, ""), result
         return result.stdout
@@ -447,7 +449,7 @@ def test_who_is_not_root_is_refused(other: Cluster) -> None:
 
 def test_missing_packages_are_named(other: Cluster) -> None:
     hide = "for program in slurmctld slurmdbd ip; do mount --bind /dev/null $(readlink -f $(type -P $program)); done"
-    up = f"{SCRIPT} --name {other.name} up --nodes 1"
+    up = f"{QUOTED} --name {other.name} up --nodes 1"
     result = run("unshare", "--mount", "bash", "-c", f"{hide}; {up}")
     assert (result.returncode, result.stdout) == (2, ""), result
     assert "apt-get install slurmctld iproute2 slurmdbd" in result.stderr
