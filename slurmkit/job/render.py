@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 import shlex
+import traceback
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError, Undefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
@@ -47,9 +48,16 @@ def render(spec: JobSpec) -> str:
             spec_digest=digest_of_spec(spec),
             templates_digest=_digest_of(folder),
         )
-    except TemplateError as error:
-        place = f"{getattr(error, 'filename', None) or folder}:{getattr(error, 'lineno', '?')}"
-        raise UserError(f"{place}: the template cannot be rendered: {error}") from error
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"{_place_of(error) or folder}: the template cannot be rendered: {error}") from error
+
+
+def _place_of(error: Exception) -> str | None:
+    """File and line in a template: a syntax error knows them, any other has them in its traceback."""
+    if isinstance(error, TemplateSyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
 
 
 def digest_of_spec(spec: JobSpec) -> str:
@@ -66,6 +74,8 @@ def _digest_of(folder: Path) -> str:
 
 
 def _quote(value: Any) -> Any:
+    if isinstance(value, Undefined):
+        return str(value)  # a StrictUndefined raises here, with the name that is missing
     if hasattr(value, "__html__"):
         return value
     if isinstance(value, bool) or not isinstance(value, str | int):

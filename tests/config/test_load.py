@@ -97,6 +97,11 @@ def test_an_unknown_key_in_a_file_is_refused_with_its_line(base: Path) -> None:
     assert f"unknown key grpo.num_step ({base}:8)" in refusal(base)
 
 
+def test_what_an_override_replaced_is_not_blamed_on_the_file(base: Path) -> None:
+    override = "policy.from_scratch={hidden_size: wide}"
+    assert f"hidden_size: should be a valid integer, not 'wide' (command line: {override})" in refusal(base, override)
+
+
 def test_all_problems_are_told_at_once(base: Path) -> None:
     message = refusal(base, "grpo.seed=x", "env.name=foo", "bar=1")
     assert len(message.splitlines()) == 3

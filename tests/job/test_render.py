@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from parts import HOSTILE, REPOSITORY
 from pydantic import ValidationError
 
+from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import Request, settle
 from slurmkit.job.spec import JobSpec
@@ -130,6 +131,30 @@ def run_settings(job: JobSpec, tail: str) -> bytes:
         capture_output=True,
         timeout=20,
     ).stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{{ spec.nmae }}", "has no attribute 'nmae'"),
+        ("{{ sepc.name }}", "'sepc' is undefined"),
+        ("{{ spec.account }}", "a template puts out None"),
+        ("{{ spec.exclusive }}", "a template puts out False"),
+        ("{% if %}", "Expected an expression"),
+        ("{% include 'nowhere.j2' %}", "nowhere.j2"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_broken_template_is_named_with_its_line(
+    line: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "job.sbatch.j2"
+    template.write_text(f"#!/bin/bash\n{line}\n")
+    monkeypatch.setattr("slurmkit.job.render.files", lambda package: tmp_path)
+    with pytest.raises(UserError) as caught:
+        render(spec())
+    assert f"{template}:2: the template cannot be rendered: " in str(caught.value)
+    assert reason in str(caught.value)
 
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)

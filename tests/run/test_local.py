@@ -35,11 +35,11 @@ def wait_for(path: Path) -> None:
 
 
 def test_a_command_runs_as_typed_with_its_environment_and_its_output_is_kept(here: Path) -> None:
-    (here / "job.yaml").write_text("setup: ['X=from-setup']\nenv: {Y: it's}\n")
-    done = run(here, "job.yaml", "--name", "hello", "--", "bash", "-c", 'echo "$0|$X|$Y"', "a 'b' $c\nd")
+    (here / "job.yaml").write_text("setup: ['Z=own', 'export X=from-setup']\nenv: {Y: it's}\n")
+    done = run(here, "job.yaml", "--name", "hello", "--", "bash", "-c", 'echo "$0|$X|$Y|$Z"', "a 'b' $c\nd")
     assert done.returncode == 0, done.stderr
     log = here / "results/hello/attempts/latest/driver.log"
-    assert log.read_text() == "a 'b' $c\nd||it's\n", "setup's variables are the shell's own unless exported"
+    assert log.read_text() == "a 'b' $c\nd|from-setup|it's|\n"
 
 
 def test_the_exit_code_is_the_command_s_and_the_end_of_its_log_is_shown(here: Path) -> None:
