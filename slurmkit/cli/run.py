@@ -36,10 +36,14 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
         console.print("\n".join(lines), markup=False)
         click.echo(f"error: the run ended with exit code {code}; its whole log is {log}", err=True)
         sys.exit(code)
-    console.print(f"done. The log is {log}", markup=False)
-    plot = run_dir / "plots/validation_reward.png"
-    if plot.exists():
-        console.print(f"plot           {plot}", markup=False)
+    facts: dict[str, Path | str] = {
+        "run directory": run_dir,
+        "log": log,
+        "plot": run_dir / "plots/validation_reward.png",
+    }
     if options["config"] is not None:
-        again = f"slurmkit run --config {shlex.quote(str(options['config']))} --name another grpo.seed=2"
-        console.print(f"try next       {again}", markup=False)
+        facts["try next"] = f"slurmkit run --config {shlex.quote(str(options['config']))} --name another grpo.seed=2"
+    console.print("done", markup=False)
+    for label, fact in facts.items():
+        if not isinstance(fact, Path) or fact.exists():
+            console.print(f"{label:<15}{fact}", markup=False)
