@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
 
 # Not on a terminal: a line for every validation, and at least one in this many seconds.
 _LINE_EVERY = 20.0
@@ -109,4 +110,4 @@ def _last_line(log: Path) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return lines[-1] if lines else ""
+    return Text.from_ansi(lines[-1]).plain if lines else ""

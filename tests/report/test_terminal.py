@@ -49,6 +49,16 @@ def test_a_validation_is_told_at_once_with_the_latest_reward(tmp_path: Path, scr
     assert told[1].endswith(" left")
 
 
+def test_before_the_first_step_the_driver_s_last_line_is_shown_without_its_colours(
+    tmp_path: Path, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurmkit.report.terminal._LINE_EVERY", 0.0)
+    (tmp_path / "driver.log").write_text("first\n\x1b[36m(PolicyWorker pid=7)\x1b[0m loading [bold]\n")
+    with progress(tmp_path, screen) as shown:
+        shown.update(tmp_path / "driver.log")
+    assert screen.getvalue() == "(PolicyWorker pid=7) loading [bold]\n"
+
+
 def test_half_a_line_waits_for_its_end(tmp_path: Path, screen: io.StringIO) -> None:
     append = appender(tmp_path / "metrics.jsonl")
     whole = line(3, **{"val:accuracy": 0.5})
