@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, need_slurm
+from parts import REPOSITORY, SLURMKIT, need_slurm
 
-SLURMKIT = Path(sys.executable).with_name("slurmkit")
 _DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
 
 
@@ -67,6 +66,14 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(name, line.partition("SLURM_CONF=")[2].strip())
     finally:
         subprocess.run([_DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with a space in its name."""
+    directory = tmp_path / "a folder"
+    directory.mkdir()
+    return directory
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SLURMKIT = Path(sys.executable).with_name("slurmkit")
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 # Values that break careless quoting.

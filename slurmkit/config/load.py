@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.config.source import Key, Source, merge, read_yaml
+from slurmkit.config.source import Key, Source, merge, put, read_yaml
 from slurmkit.config.validate import validate
 from slurmkit.errors import UserError
 
@@ -53,24 +53,17 @@ def _apply(source: Source, text: str) -> None:
             "brackets: key='\"a, b\"'"
         ) from None
     key: Key = tuple(override.key_or_group.split("."))
-    origin = f"command line: {text}"
     if override.is_sweep_override():
         raise UserError(f"the override {text!r} is a sweep over several values; give one value, or a list: [1,2]")
-    parent: Any = source.data
-    for depth, part in enumerate(key[:-1], 1):
-        if not isinstance(parent.get(part), dict):
-            parent[part] = {}
-            source.origins[key[:depth]] = origin
-        parent = parent[part]
-    if override.is_delete():
-        if key[-1] not in parent:
-            raise UserError(f"the override {text!r} removes a key that the configuration does not set")
-        del parent[key[-1]]
+    if not override.is_delete():
+        put(source, key, override.value(), f"command line: {text}")
         return
-    parent[key[-1]] = override.value()
-    for inner in [known for known in source.origins if known[: len(key)] == key]:
-        del source.origins[inner]
-    source.origins[key] = origin
+    parent: Any = source.data
+    for part in key[:-1]:
+        parent = parent.get(part) if isinstance(parent, dict) else None
+    if not isinstance(parent, dict) or key[-1] not in parent:
+        raise UserError(f"the override {text!r} removes a key that the configuration does not set")
+    del parent[key[-1]]
 
 
 def _resolve(source: Source, path: Path) -> Source:

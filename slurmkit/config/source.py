@@ -126,3 +126,17 @@ def _merge_into(below: dict[str, Any], above: dict[str, Any]) -> None:
             _merge_into(target, value)
         else:
             below[key] = value
+
+
+def put(source: Source, key: Key, value: Any, origin: str) -> None:
+    """Set one key. What stood in its way is replaced, and what stood below it is forgotten, origins included."""
+    parent = source.data
+    for depth, part in enumerate(key[:-1], 1):
+        if not isinstance(parent.get(part), dict):
+            parent[part] = {}
+            source.origins[key[:depth]] = origin
+        parent = parent[part]
+    parent[key[-1]] = value
+    for inner in [known for known in source.origins if known[: len(key)] == key]:
+        del source.origins[inner]
+    source.origins[key] = origin

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from slurmkit.config import TrainConfig, load_config
-from slurmkit.config.source import Source, merge, read_yaml
+from slurmkit.config.source import Source, merge, put, read_yaml
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
 from slurmkit.job.spec import JobSpec
@@ -109,16 +109,10 @@ def _files(request: Request, directory: Path) -> list[Source]:
 
 
 def _from_flags(flags: Mapping[str, Any]) -> Source:
-    data: dict[str, Any] = {}
-    origins = {}
+    source = Source({}, {})
     for name, value in flags.items():
-        target = data
-        *parents, last = name.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = value
-        origins[tuple(name.split("."))] = f"command line: {name}"
-    return Source(data, origins)
+        put(source, tuple(name.split(".")), value, f"command line: {name}")
+    return source
 
 
 def _take_path(source: Source, key: str, directory: Path) -> Path | None:

@@ -29,7 +29,7 @@ class RunProgress:
         self._text, self._said = "", time.monotonic()
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", table_column=None),
+            TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[facts]}"),
             console=console,

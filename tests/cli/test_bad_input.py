@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY
+from parts import REPOSITORY, SLURMKIT
 
-SLURMKIT = Path(sys.executable).with_name("slurmkit")
 EXAMPLE = REPOSITORY / "examples" / "grpo_arithmetic.yaml"
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    directory = tmp_path / "a folder"
-    directory.mkdir()
-    return directory
 
 
 def slurmkit(here: Path, *arguments: str | Path, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
@@ -49,6 +40,10 @@ def slurmkit(here: Path, *arguments: str | Path, path: str = "/usr/bin:/bin") ->
         (["submit", "a.yaml", "b.yaml"], "one run file at most"),
         (["submit", "--env", "X", "--", "true"], "--env 'X': write NAME=VALUE"),
         (["submit", "--set", "nodes=[", "--", "true"], "--set nodes=[: not a YAML value"),
+        (
+            ["submit", "--nodes", "2", "--set", "nodes.x=1", "--", "true"],
+            "nodes: should be a valid integer, not {'x': 1}",
+        ),
         (["submit", "--name", "../x", "--", "true"], "cannot be a run's name"),
         (["submit", "--time", "soon", "--", "true"], "'soon' is not a Slurm time"),
         (["render", "--out", "no/such/dir/x", "--", "true"], "no/such/dir/x cannot be written"),

@@ -6,21 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-
-SLURMKIT = Path(sys.executable).with_name("slurmkit")
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    directory = tmp_path / "a folder"
-    directory.mkdir()
-    return directory
+from parts import SLURMKIT
 
 
 def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

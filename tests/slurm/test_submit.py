@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SLURMKIT, Cluster
-from parts import HOSTILE, REPOSITORY
+from conftest import Cluster
+from parts import HOSTILE, REPOSITORY, SLURMKIT
 
 # The driver of these tests: asks Ray which nodes are there, as any driver would.
 COUNT = """
