@@ -23,6 +23,7 @@ _SLURM = [
     click.option("--qos", help="Quality of service."),
     click.option("--gres", help="Generic resources per node, such as gpu:h100:8."),
     click.option("--gpus-per-node", help="GPUs per node: 8 or h100:8."),
+    click.option("--gpus", "-G", help="GPUs of the whole job: 16 or h100:16."),
     click.option("--cpus-per-task", type=int, help="CPUs on each node."),
     click.option("--mem", help="Memory per node, such as 64G."),
     click.option("--constraint", "-C", help="Node features."),
@@ -34,6 +35,7 @@ _COMMON = [
     click.option("--name", "-n", help="Name of the run and of its directory."),
     click.option("--results-dir", type=_PATH, help="Where run directories are made.  [default: ./results]"),
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Set an environment variable. Repeatable."),
+    click.option("--profile", help="Lay this profile of a project's, your own or the site's file over its defaults."),
     click.option("--set", "keys", multiple=True, metavar="KEY=VALUE", help="Set any other key of the job. Repeatable."),
 ]
 
@@ -71,7 +73,7 @@ def request_from(context: click.Context, words: tuple[str, ...], options: dict[s
     run_files = [word for word in words if "=" not in word and not word.startswith("~")]
     if len(run_files) > 1:
         raise UserError(f"one run file at most, not {' and '.join(run_files)}; a command goes after --")
-    elsewhere = ("config", "env", "keys")
+    elsewhere = ("config", "env", "keys", "profile")
     flags = {name: value for name, value in options.items() if value is not None and name not in elsewhere}
     if "results_dir" in flags:
         flags["results_dir"] = str(flags["results_dir"].absolute())
@@ -88,6 +90,7 @@ def request_from(context: click.Context, words: tuple[str, ...], options: dict[s
         overrides=tuple(word for word in words if word not in run_files),
         command=context.meta["command"],
         flags=flags,
+        profile=options["profile"],
     )
 
 

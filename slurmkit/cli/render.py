@@ -19,7 +19,8 @@ from slurmkit.run.directory import write_beside
 @click.pass_context
 def command(context: click.Context, /, out: Path | None, words: tuple[str, ...], **options: Any) -> None:
     """Print or write the sbatch file that submit would submit, byte for byte."""
-    script = render(settle(request_from(context, words, options), Path.cwd()).spec)
+    settled = settle(request_from(context, words, options), Path.cwd())
+    script = render(settled.spec, settled.templates)
     if out is None:
         click.echo(script, nl=False)
     else:

@@ -30,7 +30,7 @@ _NO_OUTPUT = 53
 def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[str, ...], **options: Any) -> None:
     """Render one sbatch file, submit it, and say how to follow it."""
     settled = settle(request_from(context, words, options), Path.cwd())
-    script = render(settled.spec)
+    script = render(settled.spec, settled.templates)
     client = CommandClient()
     if dry_run:
         queue.check(settled, script, client)

@@ -19,10 +19,15 @@ from slurmkit.errors import UserError
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read, compose, override, resolve interpolations and validate. UserError names key, value and place."""
+    return validate(TrainConfig, read_config(path, overrides))
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Source:
+    """All of `load_config` but the validation: what the files and overrides say, and where each key was set."""
     source = _compose(path.absolute(), ())
     for override in overrides:
         _apply(source, override)
-    return validate(TrainConfig, _resolve(source, path))
+    return _resolve(source, path)
 
 
 def _compose(path: Path, children: tuple[Path, ...]) -> Source:

@@ -105,6 +105,11 @@ def _places(node: yaml.Node, path: Path, prefix: Key = ()) -> Iterator[tuple[Key
             key = (*prefix, str(key_node.value))
             yield key, f"{path}:{key_node.start_mark.line + 1}"
             yield from _places(value_node, path, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            key = (*prefix, str(index))
+            yield key, f"{path}:{item.start_mark.line + 1}"
+            yield from _places(item, path, key)
 
 
 def merge(sources: list[Source]) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -68,12 +68,18 @@ def origin_of(source: Source, key: Key) -> str | None:
 
 
 def _nearest(name: str, model: type[BaseModel]) -> str:
-    known = [key for key in known_keys(model) if not name.startswith(f"{key}.")]
+    found = nearest(name, [key for key in known_keys(model) if not name.startswith(f"{key}.")])
+    return f"; the nearest known key is {found}" if found else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known key that was probably meant: almost the same, of the same last part, or at least alike."""
+    known = list(known)
     last = name.rpartition(".")[2]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-    nearest = nearest or [key for key in known if key.rpartition(".")[2] == last]
-    nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; the nearest known key is {nearest[0]}" if nearest else ""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+    found = found or [key for key in known if key.rpartition(".")[2] == last]
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return found[0] if found else None
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -12,11 +12,20 @@ import re
 import shlex
 import traceback
 from collections.abc import Iterable
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateSyntaxError, Undefined
+from jinja2 import (
+    ChoiceLoader,
+    FileSystemLoader,
+    PrefixLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateSyntaxError,
+    Undefined,
+)
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
@@ -24,14 +33,39 @@ from slurmkit import __version__
 from slurmkit.errors import UserError
 from slurmkit.job.spec import JobSpec
 
+PACKAGED = Path(str(files("slurmkit.templates")))
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 
-def render(spec: JobSpec) -> str:
-    """The sbatch file. Same spec, same templates: same bytes. UserError names a broken template's file and line."""
-    folder = Path(str(files("slurmkit.templates")))
+def render(spec: JobSpec, folders: tuple[Path, ...] = ()) -> str:
+    """The sbatch file. Same spec, same templates: same bytes. UserError names a broken template's file and line.
+
+    `folders` hold a project's and a site's templates, strongest first; the packaged ones come last.
+    """
+    environment = environment_for(folders)
+    known = runtimes(environment)
+    if spec.container.runtime not in known:
+        raise UserError(
+            f"container.runtime: {spec.container.runtime!r} has no template container/{spec.container.runtime}.sh.j2; "
+            f"there are {', '.join(known)}"
+        )
+    try:
+        return environment.get_template("job.sbatch.j2").render(
+            spec=spec,
+            version=__version__,
+            spec_digest=digest_of_spec(spec),
+            templates_digest=digest_of_templates(folders),
+        )
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"{_place_of(error) or PACKAGED}: the template cannot be rendered: {error}") from error
+
+
+@cache
+def environment_for(folders: tuple[Path, ...]) -> SandboxedEnvironment:
+    """Jinja2 with our rules. A name is looked up folder by folder; `slurmkit/NAME` is always the packaged file."""
+    packaged = FileSystemLoader(PACKAGED)
     environment = SandboxedEnvironment(
-        loader=FileSystemLoader(folder),
+        loader=ChoiceLoader([*map(FileSystemLoader, folders), packaged, PrefixLoader({"slurmkit": packaged})]),
         undefined=StrictUndefined,
         # Autoescape marks the output of blocks and macros, so that `finalize` can tell it from a value.
         autoescape=True,
@@ -41,15 +75,13 @@ def render(spec: JobSpec) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(raw=_raw, words=_words, directive=_directive)
-    try:
-        return environment.get_template("job.sbatch.j2").render(
-            spec=spec,
-            version=__version__,
-            spec_digest=digest_of_spec(spec),
-            templates_digest=_digest_of(folder),
-        )
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"{_place_of(error) or folder}: the template cannot be rendered: {error}") from error
+    return environment
+
+
+def runtimes(environment: SandboxedEnvironment) -> list[str]:
+    """The container runtimes that have a template."""
+    inner = [name.removeprefix("container/") for name in environment.list_templates() if name.startswith("container/")]
+    return sorted(name.removesuffix(".sh.j2") for name in inner if name.endswith(".sh.j2"))
 
 
 def _place_of(error: Exception) -> str | None:
@@ -66,10 +98,14 @@ def digest_of_spec(spec: JobSpec) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _digest_of(folder: Path) -> str:
+@cache
+def digest_of_templates(folders: tuple[Path, ...]) -> str:
+    """sha256 over all templates that a job could be rendered from, wherever their folders lie."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.j2")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    for folder in (*folders, PACKAGED):
+        for path in sorted(folder.rglob("*.j2")):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+        digest.update(b"\0")
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""From flags, a run file and the project's file to one JobSpec, with the origin of every value."""
+"""From all layers to one JobSpec, with the origin of every value and every rule of the site kept."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from slurmkit.config import TrainConfig, load_config
-from slurmkit.config.source import Source, merge, put, read_yaml
+from slurmkit.config.load import read_config
+from slurmkit.config.schema import TrainConfig
+from slurmkit.config.source import Source, merge, put
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
+from slurmkit.job.layers import Layer, absolute, profile_layer, read_layers, site_file
+from slurmkit.job.site import (
+    Site,
+    add_to,
+    locks_and_requirements,
+    read_site,
+    refusals,
+    templates_of,
+)
 from slurmkit.job.spec import JobSpec
 
-PROJECT_FILE = "slurmkit.yaml"
+_FILE = re.compile(r"(.+):\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +37,7 @@ class Request:
     """What a user asked for on the command line, as typed.
 
     Example: Request(run_file=None, config=Path("examples/grpo_arithmetic.yaml"), overrides=("grpo.seed=2",),
-    command=(), flags={"nodes": 2}).
+    command=(), flags={"nodes": 2}, profile=None).
     """
 
     run_file: Path | None = None
@@ -35,6 +45,7 @@ class Request:
     overrides: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,19 @@ class Settled:
 
     spec: JobSpec
     origins: dict[str, str]
-    """Where each key of the spec was set."""
+    """Where each dotted key of the spec was set: a file and line, a flag, a variable, or `default`."""
+
+    templates: tuple[Path, ...] = ()
+    """Folders of templates before the packaged ones, strongest first."""
+
+    sources: tuple[Path, ...] = ()
+    """Every file that was read on the way."""
+
+    train: TrainConfig | None = None
+    """The training configuration, where slurmkit's own trainer runs."""
+
+    config_origins: dict[str, str] = field(default_factory=dict)
+    """Where each dotted key of the training configuration was set; a key that is not here has its default."""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -54,64 +77,121 @@ class Settled:
         return {kind: hashlib.sha256(text.encode()).hexdigest()}
 
 
-def settle(request: Request, directory: Path) -> Settled:
-    """Lay the layers over each other, weakest first: slurmkit's defaults, project file, run file, flags.
+def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.environ) -> Settled:
+    """Lay the layers over each other, fill in what follows from others, and enforce the site's rules.
 
     Paths in flags are relative to `directory`, paths in a file to the file. Changes nothing on disk. UserError names
-    key, value and origin.
+    key, value and origin, and for a site's rule its file and line.
     """
-    source = merge([*_files(request, directory), _from_flags(request.flags)])
-    in_file, overrides_in_file = _take_path(source, "config", directory), _take_list(source, "overrides")
+    site = read_site(site_file(environ))
+    layers = list(_layers(request, directory, environ, site))
+    requested = _lay(layers)
+    source = _over_site(site, requested)
+    if site is not None:
+        _refuse(locks_and_requirements(site, source))
+        _refuse(add_to(site, source))
+    templates = _take_path(source, "templates", directory)
+    folders = [path for path in (templates, templates_of(site)) if path is not None]
+    for path in folders:
+        if not path.is_dir():
+            raise UserError(f"templates: {path}: no such folder")
     results_dir = _take_path(source, "results_dir", directory) or directory / "results"
-    config, overrides = request.config, request.overrides
-    if not request.command:  # which beats what a file would run
-        config, overrides = config or in_file, (*overrides_in_file, *overrides)
-    if config is None and not request.command and "command" not in source.data:
+    in_file = _take_path(source, "config", directory)
+    config = request.config or in_file
+    overrides = (*_take_list(source, "overrides"), *request.overrides)
+    if config is None and "command" not in source.data:
         raise UserError("nothing to run: give --config FILE for slurmkit's trainer, or a command of your own after --")
-    if config is not None and request.command:
-        raise UserError("--config and a command after -- exclude each other: --config runs slurmkit's trainer")
     if overrides and config is None:
         raise UserError(f"{overrides[0]!r} overrides a training configuration: give one with --config FILE")
-    if request.command:
-        source.data["command"] = list(request.command)
-    defaults = {
-        "name": _default_name(config, request, source.data),
-        "python": sys.executable,
-        "workdir": str(directory),
-    }
-    source = merge([Source(defaults, dict.fromkeys(((key,) for key in defaults), "default")), source])
-    source.data.setdefault("run_dir", str(results_dir / str(source.data["name"])))
+    _fill_in(source, request, config, directory, results_dir)
+    train: TrainConfig | None = None
+    config_origins: dict[str, str] = {}
     if config is not None:
-        train = _settle_training(config, overrides, source)
-        source.data["run_dir"] = train.checkpointing.checkpoint_dir
-        source.data["config"] = _as_yaml(train)
-        source.data["command"] = [
-            source.data["python"],
-            "-m",
-            "slurmkit.grpo",
-            f"--config={train.checkpointing.checkpoint_dir}/config.yaml",
-        ]
+        train, config_origins = _settle_training(config, overrides, source)
     spec = validate(JobSpec, source)
-    return Settled(spec, {key: origin_of(source, (key,)) or "settled" for key in JobSpec.model_fields})
+    if site is not None:
+        _refuse(refusals(site, spec, source))
+    in_layers = [None if site is None else site_file(environ), *(layer.path for layer in layers)]
+    files = [path for path in in_layers if path is not None]
+    files += sorted({Path(match[1]) for place in config_origins.values() if (match := _FILE.fullmatch(place))})
+    return Settled(
+        spec,
+        {key: origin_of(source, tuple(key.split("."))) or "default" for key in _leaves(spec.model_dump(mode="json"))},
+        tuple(folders),
+        tuple(dict.fromkeys(path.absolute() for path in files)),
+        train,
+        config_origins,
+    )
 
 
-def _files(request: Request, directory: Path) -> list[Source]:
-    project = next((up / PROJECT_FILE for up in (directory, *directory.parents) if (up / PROJECT_FILE).is_file()), None)
-    paths = [path for path in (project, request.run_file) if path is not None]
-    sources = []
-    for path in paths:
-        source = read_yaml(path)
-        for key in ("config", "results_dir", "workdir", "python"):
-            if isinstance(source.data.get(key), str):
-                source.data[key] = _absolute(source.data[key], path.absolute().parent)
-        sources.append(source)
-    return sources
+def _refuse(problems: Iterator[str]) -> None:
+    lines = list(dict.fromkeys(problems))
+    if lines:
+        raise UserError("\n".join(lines))
 
 
-def _from_flags(flags: Mapping[str, Any]) -> Source:
-    source = Source({}, {})
-    for name, value in flags.items():
-        put(source, tuple(name.split(".")), value, f"command line: {name}")
+def _layers(request: Request, directory: Path, environ: Mapping[str, str], site: Site | None) -> Iterator[Layer]:
+    """All layers above the site, weakest first."""
+    found = list(read_layers(request.run_file, directory, environ))
+    for layer in found:
+        if "prologue" in layer.source.data:
+            raise UserError(f"prologue ({layer.source.origins[('prologue',)]}) is the site's to set: write setup")
+    named = [(layer.source.data.get("profile"), layer.source.origins.get(("profile",))) for layer in found]
+    named += [(environ.get("SLURMKIT_PROFILE"), "environment: SLURMKIT_PROFILE"), (request.profile, "--profile")]
+    chosen = [(name, origin) for name, origin in named if name]
+    profile = None
+    if chosen:
+        of_site = [Layer("site", None, site.source)] if site is not None else []
+        name, origin = chosen[-1]
+        profile = profile_layer(str(name), str(origin), [*of_site, *found])
+    for layer in found:
+        if layer.name in ("run file", "environment") and profile is not None:
+            yield profile
+            profile = None
+        yield layer
+    if profile is not None:
+        yield profile
+    flags = Source({}, {})
+    for name, value in request.flags.items():
+        put(flags, tuple(name.split(".")), value, f"command line: {name}")
+    if request.command:
+        put(flags, ("command",), list(request.command), "command line")
+    if request.config is not None:
+        put(flags, ("config",), str(request.config), "command line: config")
+    yield Layer("command line", None, flags)
+
+
+def _lay(layers: Sequence[Layer]) -> Source:
+    """Merge, where the strongest layer that says what runs, a configuration or a command, is the one that counts."""
+    merged = Source({}, {})
+    for layer in layers:
+        data = layer.source.data
+        if data.get("config") is not None and data.get("command") is not None:
+            where = "--config and a command after --" if layer.path is None else f"{layer.path}: config and command"
+            raise UserError(f"{where} exclude each other: config runs slurmkit's trainer")
+        below = ("config", "overrides") if data.get("command") is not None else ("command", "overrides")
+        if data.get("config") is not None or data.get("command") is not None:
+            for key in below:
+                merged.data.pop(key, None)
+        merged = merge([merged, layer.source])
+    for key in ("profile", "profiles"):
+        merged.data.pop(key, None)
+    return merged
+
+
+def _over_site(site: Site | None, requested: Source) -> Source:
+    """The request over the site's defaults for its partition. A null takes an entry of a mapping out again."""
+    if site is None:
+        source = requested
+    else:
+        partition = requested.data.get("partition", site.rules.defaults.get("partition"))
+        source = merge([site.defaults(partition if isinstance(partition, str) else None), requested])
+        if requested.data.get("command") is not None:
+            source.data.pop("config", None)
+    for key in ("env", "sbatch", "secrets"):
+        entries = source.data.get(key)
+        if isinstance(entries, dict):
+            source.data[key] = {name: value for name, value in entries.items() if value is not None}
     return source
 
 
@@ -121,18 +201,31 @@ def _take_path(source: Source, key: str, directory: Path) -> Path | None:
         return None
     if not isinstance(value, str):
         raise UserError(f"{key}: {value!r} is not a path ({origin_of(source, (key,))})")
-    return Path(_absolute(value, directory))
+    return Path(absolute(value, directory))
 
 
 def _take_list(source: Source, key: str) -> Sequence[str]:
-    value = source.data.pop(key, [])
+    value = source.data.pop(key, None) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise UserError(f"{key}: must be a list of key=value, not {value!r} ({origin_of(source, (key,))})")
     return value
 
 
-def _absolute(path: str, directory: Path) -> str:
-    return os.path.normpath(directory / os.path.expanduser(os.path.expandvars(path)))
+def _fill_in(source: Source, request: Request, config: Path | None, directory: Path, results_dir: Path) -> None:
+    """What nobody gave and follows from the rest."""
+    data = source.data
+    container = data.get("container")
+    inside = isinstance(container, dict) and container.get("runtime", "none") != "none"
+    for key, value in (
+        ("name", _default_name(config, request, data)),
+        # The submitting interpreter; inside a container only the image knows where its own is.
+        ("python", "python3" if inside else sys.executable),
+        ("workdir", str(directory)),
+    ):
+        if data.get(key) is None:
+            put(source, (key,), value, "default")
+    if data.get("run_dir") is None:
+        put(source, ("run_dir",), str(results_dir / str(data["name"])), "results_dir and name")
 
 
 def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]) -> str:
@@ -142,33 +235,41 @@ def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]
     elif request.run_file is not None:
         name = request.run_file.stem
     else:
-        name = os.path.basename(str((request.command or data["command"] or ["run"])[0]))
+        command = data["command"]
+        name = os.path.basename(str(command[0])) if isinstance(command, list) and command else ""
     return re.sub(r"^[._+-]+|-+$", "", re.sub(r"[^A-Za-z0-9._+-]+", "-", name))[:100] or "run"
 
 
-def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> TrainConfig:
+def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> tuple[TrainConfig, dict[str, str]]:
     """The training configuration with what the job already says about nodes and places filled in."""
-    train = load_config(config, overrides)
+    read = read_config(config, overrides)
+    train = validate(TrainConfig, read)
     nodes = source.data.get("nodes", JobSpec.model_fields["nodes"].default)
     if "num_nodes" in train.cluster.model_fields_set and train.cluster.num_nodes != nodes:
         raise UserError(
             f"cluster.num_nodes is {train.cluster.num_nodes} in {config} but the job has nodes {nodes} "
             f"({origin_of(source, ('nodes',)) or 'default'}): leave cluster.num_nodes out, or make them equal"
         )
-    run_dir = source.data["run_dir"]
+    run_dir = str(source.data["run_dir"])
     if "checkpoint_dir" in train.checkpointing.model_fields_set:
-        run_dir = _absolute(train.checkpointing.checkpoint_dir, Path(source.data["workdir"]))
+        run_dir = absolute(train.checkpointing.checkpoint_dir, Path(source.data["workdir"]))
     settled = train.model_dump()
     settled["cluster"]["num_nodes"] = nodes
     settled["checkpointing"]["checkpoint_dir"] = run_dir
     for name in ("train", "validation"):
         path = settled["data"][name]["data_path"]
         if path is not None:
-            path = _absolute(path, Path(source.data["workdir"]))
+            path = absolute(path, Path(source.data["workdir"]))
             if not Path(path).is_file():
                 raise UserError(f"data.{name}.data_path: {path}: no such file")
             settled["data"][name]["data_path"] = path
-    return validate(TrainConfig, Source(settled, {}))
+    train = validate(TrainConfig, Source(settled, read.origins))
+    put(source, ("run_dir",), run_dir, origin_of(read, ("checkpointing", "checkpoint_dir")) or "results_dir and name")
+    put(source, ("config",), _as_yaml(train), f"{config}")
+    command = [source.data["python"], "-m", "slurmkit.grpo", f"--config={run_dir}/config.yaml"]
+    put(source, ("command",), command, "slurmkit's trainer")
+    origins = {".".join(key): place for key, place in read.origins.items()}
+    return train, origins
 
 
 def _as_yaml(train: TrainConfig) -> str:
@@ -176,3 +277,11 @@ def _as_yaml(train: TrainConfig) -> str:
     return yaml.safe_dump(
         train.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
     )
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

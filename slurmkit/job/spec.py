@@ -6,79 +6,29 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from slurmkit.config.schema import Section
-
-# A name is also a folder's name and a word in file patterns, so it is kept plain.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
-_TIME = re.compile(r"\d+|\d+:\d{1,2}|\d+:\d{1,2}:\d{1,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")
-_MEMORY = re.compile(r"\d+[KMGTkmgt]?")
-_GRES = re.compile(
-    r"[A-Za-z_]\w*(:[A-Za-z0-9_.-]+)?(:\d+[KMGTkmgt]?)?(,[A-Za-z_]\w*(:[A-Za-z0-9_.-]+)?(:\d+[KMGTkmgt]?)?)*"
+from slurmkit.job.values import (
+    AbsolutePath,
+    Array,
+    Gpus,
+    Gres,
+    Interpreter,
+    Line,
+    Memory,
+    Name,
+    Signal,
+    Time,
+    Word,
+    gpus_in_gres,
+    gpus_of,
+    minutes_of,
 )
-_GPUS = re.compile(r"([A-Za-z0-9_.-]+:)?\d+")
+
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(API_KEY|ACCESS_KEY|SECRET|TOKEN|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
-# Slurm reads each directive into a buffer of this many bytes, and cuts the rest off in silence.
-_DIRECTIVE_BYTES = 8000
-
-
-def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise ValueError(
-            f"{value!r} cannot be a run's name: use letters, digits and . _ + - (100 at most), beginning with a "
-            "letter or a digit"
-        )
-    return value
-
-
-def _one_line(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError(f"{value!r} holds a line break or another character that cannot stand in a directive")
-    if len(value.encode()) > _DIRECTIVE_BYTES:
-        raise ValueError(f"is {len(value.encode())} bytes long; sbatch reads {_DIRECTIVE_BYTES} at most")
-    if not value:
-        raise ValueError("is empty; leave the key out instead")
-    return value
-
-
-def _matching(pattern: re.Pattern[str], right: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if not pattern.fullmatch(value):
-            raise ValueError(f"{value!r} is not {right}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _path(value: str) -> str:
-    if not value.startswith("/"):
-        raise ValueError(f"{value!r} is not an absolute path")
-    if "\\" in value or not value.isprintable():
-        raise ValueError(f"{value!r} holds a backslash or a line break, which sbatch's file patterns cannot carry")
-    return value
-
-
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError(f"{value!r} holds a NUL byte, which no argument can carry")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{value!r} is not valid Unicode text") from None
-    return value
-
-
-def _number_as_text(value: object) -> object:
-    return str(value) if type(value) is int else value
-
-
-# In a YAML file `mem: 64` and `OMP_NUM_THREADS: 8` are numbers, and mean the same as the text.
-Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line)]
-Word = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_no_nul)]
-AbsolutePath = Annotated[str, AfterValidator(_path)]
 
 
 class Container(Section):
@@ -104,52 +54,120 @@ class RayOptions(Section):
 class JobSpec(Section):
     """Everything that a rendered script depends on. Two equal specs render to the same bytes."""
 
-    name: Annotated[str, AfterValidator(_name)]
+    name: Name
+    """The run's name, the job's, and its directory's."""
     nodes: Annotated[int, Field(ge=1, le=10_000)] = 1
-    time: Annotated[Line, _matching(_TIME, "a Slurm time: minutes, h:mm:ss or d-hh:mm:ss")] | None = None
+    """Number of nodes."""
+    time: Time | None = None
+    """Time limit: minutes, h:mm:ss or d-hh:mm:ss."""
+    time_min: Time | None = None
+    """The shortest time limit that Slurm may give instead, to start earlier."""
     partition: Line | None = None
+    """Partition, or several with commas: where the job can start first."""
     account: Line | None = None
+    """Account to charge."""
     qos: Line | None = None
+    """Quality of service."""
     reservation: Line | None = None
+    """Reservation to run in."""
     constraint: Line | None = None
+    """Node features that must be there, such as `ib&h100`."""
+    prefer: Line | None = None
+    """Node features that would be better."""
     nodelist: Line | None = None
+    """Nodes that must be among those of the job."""
     exclude: Line | None = None
-    exclusive: bool = False
-    gres: Annotated[Line, _matching(_GRES, "a GRES such as gpu:8 or gpu:h100:8")] | None = None
-    gpus_per_node: Annotated[Line, _matching(_GPUS, "a count or TYPE:COUNT, such as 8 or h100:8")] | None = None
+    """Nodes that must not."""
+    exclusive: bool | Literal["user", "mcs", "topo"] = False
+    """Whole nodes, shared with nobody, or with the same user's jobs only."""
+    gres: Gres | None = None
+    """Generic resources per node: `gpu:8`, `gpu:h100:8`, `gpu:h100:4,gpu:a100:4`, `shard:4`."""
+    gpus: Gpus | None = None
+    """GPUs of the whole job, wherever they are: `16` or `h100:16`."""
+    gpus_per_node: Gpus | None = None
+    """GPUs per node: `8` or `h100:8`."""
     cpus_per_task: Annotated[int, Field(ge=1)] | None = None
-    mem: Annotated[Line, _matching(_MEMORY, "a size such as 64G")] | None = None
+    """CPUs on each node; there is one task per node."""
+    cpus_per_gpu: Annotated[int, Field(ge=1)] | None = None
+    """CPUs for each GPU."""
+    mem: Memory | None = None
+    """Memory per node, such as 64G; 0 is all of it."""
+    mem_per_cpu: Memory | None = None
+    """Memory for each CPU."""
+    mem_per_gpu: Memory | None = None
+    """Memory for each GPU."""
+    switches: Line | None = None
+    """Leaf switches at most, and how long to wait for that: `1@2:00:00`."""
     dependency: Line | None = None
+    """Jobs to wait for, such as afterok:123."""
+    array: Array | None = None
+    """Run the command once per index: `0-7%2`; SLURM_ARRAY_TASK_ID says which."""
+    signal: Signal | None = None
+    """A signal before the time limit, such as B:USR2@300; the command receives it."""
+    requeue: bool | None = None
+    """Whether Slurm may put the job back into the queue; by default the cluster decides."""
+    mail_type: Line | None = None
+    """Events that send mail: END,FAIL."""
+    mail_user: Line | None = None
+    """Who gets it."""
     comment: Line | None = None
+    """A comment that Slurm stores with the job."""
     sbatch: dict[str, Line | bool] = {}
     """Any other option of sbatch by its long name without dashes; true for an option without a value."""
 
     container: Container = Container()
+    """What the job's processes run in."""
     ray: RayOptions = RayOptions()
+    """How Ray is brought up."""
     env: dict[str, Word] = {}
     """Environment of every process of the job. Values are in the script: nothing secret."""
 
+    prologue: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    """Shell lines of the site's, on every node before `setup`."""
     setup: Annotated[tuple[Word, ...], Field(strict=False)] = ()
     """Shell lines that run on every node before Ray starts, as they are: `module load …`."""
+    epilogue: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    """Shell lines that run on the first node when the command has ended; its exit code stays the job's."""
 
-    python: AbsolutePath
-    """The interpreter whose environment holds ray, and slurmkit for its own trainer."""
+    python: Interpreter
+    """The interpreter whose environment holds ray, and slurmkit for its own trainer; a bare name is found on PATH."""
 
     workdir: AbsolutePath
+    """Where the command starts."""
     run_dir: AbsolutePath
+    """Where everything that the run leaves goes."""
     command: Annotated[tuple[Word, ...], Field(min_length=1, strict=False)]
+    """What runs, once, on the first node."""
     config: Word | None = None
     """The training configuration, settled and whole, as YAML; the script writes it to the run directory."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> JobSpec:
-        if self.gres is not None and "gpu" in self.gres and self.gpus_per_node is not None:
-            raise ValueError(f"gres ({self.gres}) and gpus_per_node ({self.gpus_per_node}) both ask for GPUs; give one")
+    def _slurm_agrees(self) -> JobSpec:
+        for keys in (("gres", "gpus", "gpus_per_node"), ("mem", "mem_per_cpu", "mem_per_gpu")):
+            given = [key for key in keys if getattr(self, key) is not None]
+            if keys[0] == "gres" and self.gres is not None and gpus_in_gres(self.gres) == 0:
+                given.remove("gres")
+            if len(given) > 1:
+                what = "GPUs" if keys[0] == "gres" else "memory"
+                shown = " and ".join(f"{key} ({getattr(self, key)})" for key in given)
+                raise ValueError(f"{shown} {'both' if len(given) == 2 else 'all'} ask for {what}; give one")
+        if self.time and self.time_min and minutes_of(self.time_min) > minutes_of(self.time):
+            raise ValueError(f"time_min ({self.time_min}) is longer than time ({self.time})")
+        if self.array is not None and self.config is not None:
+            raise ValueError(
+                f"array ({self.array}) would have all its jobs train in one run directory: submit one job per run, "
+                "each with its own --name"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_ours_to_set(self) -> JobSpec:
         for name in self.env:
             if not _ENVIRONMENT_NAME.fullmatch(name):
                 raise ValueError(f"env: {name!r} cannot name an environment variable")
-            if name.startswith(("SLURM", "SBATCH_")):
-                raise ValueError(f"env: {name} belongs to Slurm and cannot be set")
+            if name.startswith(("SLURM", "SBATCH_", "SK_")):
+                whose = "slurmkit" if name.startswith("SK_") else "Slurm"
+                raise ValueError(f"env: {name} belongs to {whose} and cannot be set")
             if _SECRET.search(name):
                 raise ValueError(
                     f"env: {name} looks like a secret, and the script that would hold it is stored and shown: export "
@@ -157,50 +175,56 @@ class JobSpec(Section):
                 )
         for option in self.sbatch:
             if not _OPTION.fullmatch(option):
-                raise ValueError(f"sbatch: {option!r} is not a long option of sbatch, such as switches or mail-type")
-            if option in _OWN_OPTIONS:
-                raise ValueError(f"sbatch: {option} is set by slurmkit itself{_own_key(option)}")
+                raise ValueError(f"sbatch: {option!r} is not a long option of sbatch, such as licenses or nice")
+            # sbatch takes the beginning of an option for the whole, as long as it is unambiguous.
+            own = sorted(name for name in OWN_OPTIONS if name.startswith(option))
+            if own:
+                raise ValueError(f"sbatch: {option} is {_whose(own[0], option)}")
         return self
 
     def directives(self) -> Iterator[tuple[str, str | None]]:
         """sbatch's options in the order in which they are rendered; None marks an option without a value."""
-        for key in _DIRECTIVES:
+        for key in DIRECTIVES:
             value = getattr(self, key)
-            if value is True:
+            if key == "requeue" and value is False:
+                yield "no-requeue", None
+            elif value is True:
                 yield key.replace("_", "-"), None
             elif value not in (None, False):
                 yield ("job-name" if key == "name" else key.replace("_", "-")), str(value)
         yield "ntasks-per-node", "1"
         # Slurm replaces %x, %j and the like in this pattern; a % of the path itself is doubled.
-        yield "output", self.run_dir.replace("%", "%%") + "/slurm-%j.out"
+        job = "%j" if self.array is None else "%A_%a"
+        yield "output", self.run_dir.replace("%", "%%") + f"/slurm-{job}.out"
         yield "open-mode", "append"
         yield "chdir", self.workdir
         for option, value in sorted(self.sbatch.items()):
             if value is not False:
                 yield option, None if value is True else str(value)
 
+    @property
+    def total_gpus(self) -> int:
+        """GPUs of the whole job, shards not counted."""
+        if self.gpus is not None:
+            return gpus_of(self.gpus)
+        per_node = gpus_of(self.gpus_per_node) if self.gpus_per_node else gpus_in_gres(self.gres or "")
+        return per_node * self.nodes
 
-_DIRECTIVES = (
-    "name",
-    "nodes",
-    "time",
-    "partition",
-    "account",
-    "qos",
-    "reservation",
-    "constraint",
-    "nodelist",
-    "exclude",
-    "exclusive",
-    "gres",
-    "gpus_per_node",
-    "cpus_per_task",
-    "mem",
-    "dependency",
-    "comment",
+    @property
+    def gpu_hours(self) -> float | None:
+        """What the job may use up at most; None where it has no time limit of its own."""
+        return None if self.time is None else self.total_gpus * minutes_of(self.time) / 60
+
+
+DIRECTIVES = tuple(
+    key
+    for key in JobSpec.model_fields
+    if key not in ("sbatch", "container", "ray", "env", "prologue", "setup", "epilogue", "python", "workdir")
+    and key not in ("run_dir", "command", "config")
 )
-_OWN_OPTIONS = {key.replace("_", "-") for key in _DIRECTIVES} | {
+OWN_OPTIONS = {key.replace("_", "-") for key in DIRECTIVES} | {
     "job-name",
+    "no-requeue",
     "ntasks",
     "ntasks-per-node",
     "output",
@@ -208,14 +232,16 @@ _OWN_OPTIONS = {key.replace("_", "-") for key in _DIRECTIVES} | {
     "open-mode",
     "chdir",
     "wrap",
-    "array",
     "export",
     "export-file",
     "test-only",
     "parsable",
+    "wait",
 }
 
 
-def _own_key(option: str) -> str:
-    key = "name" if option == "job-name" else option.replace("-", "_")
-    return f": use the key {key}" if key in JobSpec.model_fields else ""
+def _whose(own: str, option: str) -> str:
+    key = "name" if own == "job-name" else own.removeprefix("no-").replace("-", "_")
+    hint = f": use the key {key}" if key in JobSpec.model_fields else ""
+    short = "" if own == option else f"short for {own}, which is "
+    return f"{short}set by slurmkit itself{hint}"

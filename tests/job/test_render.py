@@ -43,7 +43,9 @@ SPECS = {
         env={"B": "2", "A": "it's $HOME"},
         setup=["module load cuda", "ulimit -c 0"],
         ray={"num_cpus": 4, "object_store_memory": 10**9, "start_timeout": 60},
-        sbatch={"switches": "2@10", "requeue": True, "hint": False},
+        switches="2@10",
+        requeue=True,
+        sbatch={"licenses": "a:1", "spread-job": True, "hint": False},
         command=["bash", "-c", "\n".join(HOSTILE)],
     ),
     "example": settle(
@@ -104,13 +106,15 @@ def test_directives_are_exactly_what_was_asked_for() -> None:
         "gres=gpu:h100:8",
         "cpus-per-task=16",
         "mem=64G",
+        "switches=2@10",
+        "requeue",
         'comment="a \\"b\\" \\\\ # c"',
         "ntasks-per-node=1",
         "output=/r/slurm-%j.out",
         "open-mode=append",
         "chdir=/w",
-        "requeue",
-        "switches=2@10",
+        "licenses=a:1",
+        "spread-job",
     ]
 
 
@@ -145,14 +149,11 @@ def run_settings(job: JobSpec, tail: str) -> bytes:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
-def test_a_broken_template_is_named_with_its_line(
-    line: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_template_is_named_with_its_line(line: str, reason: str, tmp_path: Path) -> None:
     template = tmp_path / "job.sbatch.j2"
     template.write_text(f"#!/bin/bash\n{line}\n")
-    monkeypatch.setattr("slurmkit.job.render.files", lambda package: tmp_path)
     with pytest.raises(UserError) as caught:
-        render(spec())
+        render(spec(), (tmp_path,))
     assert f"{template}:2: the template cannot be rendered: " in str(caught.value)
     assert reason in str(caught.value)
 
@@ -189,7 +190,7 @@ def test_every_environment_value_arrives_as_typed(value: str) -> None:
         ({"env": {"SLURM_JOB_ID": "1"}}, "belongs to Slurm"),
         ({"env": {"A": "x\0"}}, "NUL"),
         ({"env": {"WANDB_API_KEY": "x"}}, "WANDB_API_KEY looks like a secret"),
-        ({"sbatch": {"array": "1-3"}}, "set by slurmkit itself"),
+        ({"sbatch": {"array": "1-3"}}, "use the key array"),
         ({"sbatch": {"job-name": "x"}}, "use the key name"),
         ({"sbatch": {"--hold": True}}, "not a long option"),
         ({"command": []}, "at least 1 item"),

@@ -1,0 +1,348 @@
+"""A site's own file: its defaults, and the rules that a job must keep. Every refusal names the rule's file and line."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from slurmkit.config.schema import Section
+from slurmkit.config.source import Key, Source, merge, put, read_yaml
+from slurmkit.config.validate import known_keys, nearest, origin_of, validate
+from slurmkit.errors import UserError
+from slurmkit.job.layers import EXTRA_KEYS, absolute, anchor_paths
+from slurmkit.job.spec import JobSpec
+from slurmkit.job.values import Word, gpus_in_gres, gpus_of, megabytes_of, minutes_of
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Lines = Annotated[tuple[Word, ...], Field(strict=False)]
+# What a limit may also speak of: figures that follow from several keys.
+_DERIVED = ("total_gpus", "gpu_hours")
+
+
+class Limit(Section):
+    """What a key's value may be. Times, sizes and GPU counts are compared as what they are."""
+
+    min: int | float | str | None = None
+    """At least this."""
+    max: int | float | str | None = None
+    """At most this."""
+    allowed: Annotated[tuple[int | float | bool | str, ...], Field(strict=False)] | None = None
+    """One of these."""
+    pattern: str | None = None
+    """A regular expression that the whole value must match."""
+
+
+class Rules(Section):
+    """Rules for everybody, or for one partition."""
+
+    defaults: dict[str, Any] = {}
+    """Keys of a job, as in a project's file; the weakest layer."""
+    lock: Names = ()
+    """Keys that keep the value of `defaults`, whatever a project, a user or a flag says."""
+    require: Names = ()
+    """Keys that every job must give."""
+    limits: dict[str, Limit] = {}
+    """Key by key, what its value may be; also of total_gpus and gpu_hours."""
+
+
+class Forbid(Section):
+    """What no job may bring."""
+
+    env: Names = ()
+    """Names of environment variables, with * and ?."""
+    mounts: Names = ()
+    """Host folders of which nothing may be mounted, nor what lies above them."""
+
+
+class Add(Section):
+    """What every job gets."""
+
+    env: dict[str, Word] = {}
+    """Environment variables; a job cannot set them otherwise."""
+    mounts: Names = ()
+    """Container mounts, beside the job's own."""
+    prologue: Lines = ()
+    """Shell lines on every node, before the job's `setup`."""
+    epilogue: Lines = ()
+    """Shell lines on the first node, after the job's `epilogue`."""
+
+
+class SiteFile(Rules):
+    """The whole of a site's file."""
+
+    partitions: dict[str, Rules] = {}
+    """Defaults and rules of one partition, beside those for everybody."""
+    forbid: Forbid = Forbid()
+    """What no job may bring."""
+    add: Add = Add()
+    """What every job gets."""
+    profiles: dict[str, dict[str, Any]] = {}
+    """Named sets of keys, chosen with --profile."""
+    templates: str | None = None
+    """A folder of templates that extend or replace ours, relative to this file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A site's file as it was read."""
+
+    rules: SiteFile
+    source: Source
+
+    def defaults(self, partition: str | None) -> Source:
+        """The site's defaults, with those of a job's (first) partition over them."""
+        chosen = (partition or "").partition(",")[0]
+        parts = [_below(self.source, ("defaults",))]
+        if chosen in self.rules.partitions:
+            parts.append(_below(self.source, ("partitions", chosen, "defaults")))
+        return merge(parts)
+
+    def rule_sets(self, partition: str | None) -> Iterator[tuple[Key, Rules, str]]:
+        """The rules that hold for a job: where they stand, they themselves, and for whom they are."""
+        yield (), self.rules, ""
+        for name in (partition or "").split(","):
+            if name in self.rules.partitions:
+                yield ("partitions", name), self.rules.partitions[name], f" for partition {name}"
+
+    def place(self, *key: str) -> str:
+        """File and line of a rule."""
+        return origin_of(self.source, key) or "the site's file"
+
+
+def read_site(path: Path | None) -> Site | None:
+    """Read and check a site's file. UserError lists all that is wrong with it."""
+    if path is None:
+        return None
+    source = read_yaml(path)
+    rules = validate(SiteFile, source)
+    folder = path.absolute().parent
+    for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
+        anchor_paths(data, folder)
+    site = Site(rules, Source(rules.model_dump(), source.origins))
+    problems = list(_problems(site))
+    if problems:
+        raise UserError("\n".join(problems))
+    return site
+
+
+def _below(source: Source, prefix: Key) -> Source:
+    data: Any = source.data
+    for part in prefix:
+        data = data.get(part) or {}
+    depth = len(prefix)
+    origins = {key[depth:]: place for key, place in source.origins.items() if key[:depth] == prefix and key != prefix}
+    return merge([Source(data, origins)])
+
+
+def _problems(site: Site) -> Iterator[str]:
+    """What is wrong with a site's file beyond its shape."""
+    keys = [*known_keys(JobSpec), *(key for key in EXTRA_KEYS if key != "profiles")]
+    maps = tuple(f"{key}." for key in ("env", "sbatch", "secrets"))
+    for partition in (None, *site.rules.partitions):
+        for prefix, rules, _ in list(site.rule_sets(partition))[(partition is not None) :]:
+            named = [(("lock", str(index)), key) for index, key in enumerate(rules.lock)]
+            named += [(("require", str(index)), key) for index, key in enumerate(rules.require)]
+            named += [(("limits", key), key) for key in rules.limits if key not in _DERIVED]
+            for rule, key in named:
+                if key not in keys and not key.startswith(maps):
+                    hint = nearest(key, keys)
+                    yield (
+                        f"{rule[0]}: {key} is no key of a job ({site.place(*prefix, *rule)})"
+                        + (f"; the nearest is {hint}" if hint else "")
+                    )
+            defaults = site.defaults(partition)
+            for index, key in enumerate(rules.lock):
+                if _get(defaults.data, key) is None and key != "templates":
+                    yield (
+                        f"lock: {key} has no value under defaults to be locked to "
+                        f"({site.place(*prefix, 'lock', str(index))})"
+                    )
+            for key, limit in rules.limits.items():
+                yield from _broken_limit(key, limit, site.place(*prefix, "limits", key))
+        yield from _bad_defaults(site, partition)
+
+
+def _broken_limit(key: str, limit: Limit, place: str) -> Iterator[str]:
+    if limit == Limit():
+        yield f"limits.{key}: says nothing: give min, max, allowed or pattern ({place})"
+    for name in ("min", "max"):
+        bound = getattr(limit, name)
+        if bound is not None:
+            try:
+                _measure(key, bound)
+            except ValueError as error:
+                yield f"limits.{key}.{name}: {bound!r} cannot be compared with: {error} ({place})"
+    if limit.pattern is not None:
+        try:
+            re.compile(limit.pattern)
+        except re.error as error:
+            yield f"limits.{key}.pattern: {limit.pattern!r} is not a regular expression: {error} ({place})"
+
+
+def _bad_defaults(site: Site, partition: str | None) -> Iterator[str]:
+    source = site.defaults(partition)
+    for key in EXTRA_KEYS:
+        source.data.pop(key, None)
+    for key, value in (("name", "x"), ("python", "x"), ("workdir", "/x"), ("run_dir", "/x"), ("command", ["x"])):
+        if key not in source.data:
+            put(source, (key,), value, "lint")
+    source.data.setdefault("partition", partition)
+    try:
+        spec = validate(JobSpec, source)
+    except UserError as error:
+        yield from str(error).splitlines()
+        return
+    yield from _limit_refusals(site, spec, source)
+
+
+def add_to(site: Site, source: Source) -> Iterator[str]:
+    """Put what the site adds into `source`. Yields a refusal for each variable that the job sets otherwise."""
+    add = site.rules.add
+    for name, value in add.env.items():
+        own = _get(source.data, f"env.{name}")
+        if own is not None and str(own) != value:
+            yield (
+                f"env.{name}: {own!r} ({origin_of(source, ('env', name))}) cannot be set: the site sets it to "
+                f"{value!r} ({site.place('add', 'env', name)})"
+            )
+        put(source, ("env", name), value, site.place("add", "env", name))
+    for key, inner, first in (
+        ("prologue", "prologue", True),
+        ("epilogue", "epilogue", False),
+        ("mounts", "container.mounts", False),
+    ):
+        added = getattr(add, key)
+        if not added or (key == "mounts" and _get(source.data, "container.runtime") in (None, "none")):
+            continue
+        own = _get(source.data, inner) or []
+        both = [*added, *own] if first else [*own, *added]
+        put(source, tuple(inner.split(".")), both, site.place("add", key))
+
+
+def locks_and_requirements(site: Site, merged: Source) -> Iterator[str]:
+    """A refusal for each locked key that another layer changed, and for each required one that none gives."""
+    partition = merged.data.get("partition")
+    for prefix, rules, whom in site.rule_sets(partition):
+        for index, key in enumerate(rules.lock):
+            wanted, asked = _get(site.defaults(partition).data, key), _get(merged.data, key)
+            if _plain(asked) != _plain(wanted):
+                to = f" to {_shown(wanted)}" if wanted is not None else ""
+                yield (
+                    f"{key}: {_shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
+                    f"locks it{to}{whom} ({site.place(*prefix, 'lock', str(index))})"
+                )
+        for index, key in enumerate(rules.require):
+            if _get(merged.data, key) is None:
+                yield f"{key} must be given{whom}: the site requires it ({site.place(*prefix, 'require', str(index))})"
+
+
+def refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
+    """A refusal for each limit that a job breaks, and for each forbidden variable."""
+    yield from _limit_refusals(site, spec, source)
+    own_env = {name: value for name, value in spec.env.items() if name not in site.rules.add.env}
+    for index, pattern in enumerate(site.rules.forbid.env):
+        for name in own_env:
+            if fnmatch.fnmatchcase(name, pattern):
+                yield (
+                    f"env.{name} ({origin_of(source, ('env', name))}) cannot be set: the site forbids {pattern} "
+                    f"({site.place('forbid', 'env', str(index))})"
+                )
+
+
+def _limit_refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
+    settled = spec.model_dump(mode="json")
+    for prefix, rules, whom in site.rule_sets(spec.partition):
+        for key, limit in rules.limits.items():
+            value = getattr(spec, key) if key in _DERIVED else _get(settled, key)
+            if value is None or value == "":
+                continue
+            place = site.place(*prefix, "limits", key)
+            origin = origin_of(source, tuple(key.split(".")))
+            shown = f"{key}: {_shown(value)}" + (f" ({origin})" if origin else "")
+            for item in _items(key, value):
+                why = _breaks(key, item, limit)
+                if why:
+                    yield f"{shown} {why}{whom}, by the site's rule ({place})"
+                    break
+
+
+def _items(key: str, value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    return value.split(",") if key == "partition" else [value]
+
+
+def _breaks(key: str, value: Any, limit: Limit) -> str | None:
+    for bound, name, wrong in ((limit.min, "minimum", -1), (limit.max, "maximum", 1)):
+        if bound is not None:
+            have, edge = _measure(key, value), _measure(key, bound, bound=True)
+            if (have - edge) * wrong > 0:
+                return f"is {'below' if wrong < 0 else 'above'} the {name} of {bound}"
+    if limit.allowed is not None and str(value) not in [str(item) for item in limit.allowed]:
+        return f"is not one of {', '.join(str(item) for item in limit.allowed)}"
+    if limit.pattern is not None and not re.fullmatch(limit.pattern, str(value)):
+        return f"does not match the pattern {limit.pattern}"
+    return None
+
+
+def _measure(key: str, value: Any, bound: bool = False) -> float:
+    """A value as a number that can be compared. ValueError if it is none."""
+    if key in ("time", "time_min"):
+        return minutes_of(str(value)) or (0 if bound else math.inf)  # 0 asks Slurm for no limit
+    if key.startswith("mem"):
+        return megabytes_of(str(value)) or (0 if bound else math.inf)  # 0 asks Slurm for all there is
+    if key == "gres":
+        return gpus_in_gres(str(value)) if not str(value).isdigit() else int(value)
+    if key in ("gpus", "gpus_per_node"):
+        return gpus_of(str(value))
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is no number")
+    return float(value)
+
+
+def forbidden_mounts(site: Site, spec: JobSpec, sources: list[tuple[str, str | None]]) -> Iterator[str]:
+    """Refusals for the mounts of a job: pairs of a host path and its origin."""
+    for index, folder in enumerate(site.rules.forbid.mounts):
+        forbidden = os.path.realpath(os.path.expandvars(folder))
+        for path, origin in sources:
+            real = os.path.realpath(path)
+            if os.path.commonpath([real, forbidden]) in (real, forbidden):
+                yield (
+                    f"container.mounts: {path}" + (f" ({origin})" if origin else "") + f" cannot be mounted: the site "
+                    f"forbids {folder} ({site.place('forbid', 'mounts', str(index))})"
+                )
+
+
+def templates_of(site: Site | None) -> Path | None:
+    """The site's folder of templates."""
+    if site is None or site.rules.templates is None:
+        return None
+    path = site.place("templates").rpartition(":")[0]
+    return Path(absolute(site.rules.templates, Path(path).absolute().parent))
+
+
+def _get(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if type(value) is int else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
