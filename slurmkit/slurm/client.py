@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,11 +16,20 @@ FINAL_STATES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job as Slurm sees it now. Example: JobState("17", "FAILED", "NonZeroExitCode", 7, 0, "node[1-2]")."""
+    """A job as Slurm sees it. Example: JobState("17", "FAILED", "NonZeroExitCode", 7, 0, "node[1-2]").
+
+    What Slurm does not know is "" or None. Times are this machine's, as text: 2026-11-22T16:12:33.
+    """
 
     job_id: str
+    """As squeue shows it: `12`, a task of a job array `12_3`, its tasks still in the queue `12_[4-9]`."""
+
     state: str
+    """One word of Slurm's, such as PENDING, RUNNING or CANCELLED."""
+
     reason: str
+    """Why it waits, or how it ended: `Priority`, `JobHeldUser`, `TimeLimit`."""
+
     exit_code: int
     """What the batch script returned."""
 
@@ -27,6 +37,25 @@ class JobState:
     """The signal that ended it, or 0."""
 
     nodes: str
+    """The nodes it has or had, such as `node[1-2]`."""
+
+    name: str = ""
+    comment: str = ""
+    """Accounting keeps it only where slurm.conf says AccountingStoreFlags=job_comment."""
+
+    partition: str = ""
+    submitted: str | None = None
+    start: str | None = None
+    """When it started; of a pending job when Slurm expects it to."""
+
+    end: str | None = None
+    """When it ended; of a running job when its time limit ends it."""
+
+    time_limit: int | None = None
+    """Minutes; None is no limit."""
+
+    restarts: int | None = None
+    """How often Slurm has queued it again; None where only accounting remembers the job."""
 
     @property
     def is_final(self) -> bool:
@@ -41,23 +70,132 @@ class JobState:
         return self.exit_code or (0 if self.state == "COMPLETED" else 1)
 
 
-class SlurmClient(Protocol):
-    """One implementation per way to reach Slurm. Each call raises Failure when Slurm does not answer."""
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Where and when Slurm would start a script now. Example: Estimate("2026-11-22T16:12:33", "node[1-2]", "batch")."""
 
-    def test(self, script: str) -> None:
-        """Ask whether Slurm would take this script, without submitting it. UserError with its reason if not."""
+    start: str | None
+    nodes: str
+    partition: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Gres:
+    """What one node has of a generic resource. Example: Gres("gpu", "h100", 8); the type is "" where there is none."""
+
+    name: str
+    type: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node. Example: Node("node1", "IDLE+DRAIN", 16, 64000, (Gres("gpu", "h100", 8),), ("ib",), ("batch",))."""
+
+    name: str
+    state: str
+    """Slurm's base state and flags, joined by +."""
+
+    cpus: int
+    memory: int
+    """MB."""
+
+    gres: tuple[Gres, ...]
+    features: tuple[str, ...]
+    """Those that a job can ask for with --constraint."""
+
+    partitions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A partition and what a job can get in it."""
+
+    name: str
+    is_default: bool
+    state: str
+    """UP, DOWN, DRAIN or INACTIVE."""
+
+    nodes: int
+    max_time: int | None
+    """Minutes; None is no limit."""
+
+    default_time: int | None
+    """Minutes that a job gets without --time; None: as max_time."""
+
+    max_nodes: int | None
+    """Per job; None is no limit."""
+
+    gres: tuple[Gres, ...]
+    """Each kind that one of its nodes has, with the count per node: two entries where nodes differ."""
+
+    cpus: tuple[int, int]
+    """Per node, smallest and largest; (0, 0) without nodes."""
+
+    memory: tuple[int, int]
+    """MB per node, smallest and largest."""
+
+
+class SlurmClient(Protocol):
+    """One implementation per way to reach Slurm. Each call raises Failure when Slurm does not answer or refuses.
+
+    A job is named as in JobState.job_id. The number of requests to the controller does not depend on a job's nodes.
+    """
+
+    def test(self, script: str) -> Estimate:
+        """Ask when Slurm would start this script, without submitting it. UserError with its reason if it refuses."""
         ...
 
-    def submit(self, script: Path) -> str:
-        """Submit the file as it is, free of the caller's SBATCH_* and SLURM_*. Returns the job id."""
+    def submit(self, script: Path, environment: Mapping[str, str] = {}) -> str:
+        """Submit the file as it is, free of the caller's SBATCH_* and SLURM_*. Returns the job id.
+
+        `environment` is added to that of sbatch, which the job inherits: secrets travel there and nowhere else.
+        """
         ...
 
     def job(self, job_id: str) -> JobState | None:
-        """The job's state, from the controller or from accounting; None where neither remembers it."""
+        """The job's state, from the controller or from accounting; None where neither remembers it.
+
+        Of a whole array (`12`) it is that of one task: one that has not ended, else one that failed, else any.
+        """
+        ...
+
+    def jobs(self, job_ids: Sequence[str] = (), *, user: str = "") -> tuple[JobState, ...]:
+        """Many at once: these jobs, as `job` finds them, without those forgotten; or all that the controller has of
+        a user, also those that ended within MinJobAge (5 minutes by default). One row per line of squeue.
+        """
+        ...
+
+    def accounting(self, job_ids: Sequence[str]) -> tuple[JobState, ...]:
+        """What slurmdbd recorded of these jobs, forgotten ones too; empty on a site without accounting."""
         ...
 
     def cancel(self, job_id: str) -> None:
-        """End the job."""
+        """End the job. One that has ended already is no error."""
+        ...
+
+    def signal(self, job_id: str, name: str) -> None:
+        """Send a signal, such as "USR2", to the running job's batch script, which passes on what it wants to."""
+        ...
+
+    def requeue(self, job_id: str) -> None:
+        """End the job's attempt and put it back into the queue."""
+        ...
+
+    def hold(self, job_id: str) -> None:
+        """Keep a pending job from starting until it is released."""
+        ...
+
+    def release(self, job_id: str) -> None:
+        """Let a held job start."""
+        ...
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """All partitions by name, hidden ones too."""
+        ...
+
+    def nodes(self) -> tuple[Node, ...]:
+        """All nodes by name that belong to a partition."""
         ...
 
     def script_of(self, job_id: str) -> bytes:
