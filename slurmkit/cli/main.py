@@ -15,6 +15,8 @@ _COMMANDS = {
     "run": "Train on this machine, without Slurm.",
     "submit": "Render one sbatch file, submit it, and say how to follow it.",
     "render": "Print or write the sbatch file that submit would submit.",
+    "config": "Print the settled job, and where each value comes from.",
+    "site": "Write and check the file that holds a site's defaults and rules.",
 }
 
 

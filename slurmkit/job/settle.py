@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Request:
     command: tuple[str, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
     profile: str | None = None
+    partial: bool = False
+    """Settle also where nothing says yet what runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     requested = _lay(layers)
     source = _over_site(site, requested)
     if site is not None:
-        _refuse(locks_and_requirements(site, source))
-        _refuse(add_to(site, source))
+        _refuse([*locks_and_requirements(site, source), *add_to(site, source)])
     templates = _take_path(source, "templates", directory)
     folders = [path for path in (templates, templates_of(site)) if path is not None]
     for path in folders:
@@ -99,8 +100,13 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     in_file = _take_path(source, "config", directory)
     config = request.config or in_file
     overrides = (*_take_list(source, "overrides"), *request.overrides)
-    if config is None and "command" not in source.data:
-        raise UserError("nothing to run: give --config FILE for slurmkit's trainer, or a command of your own after --")
+    if config is None and source.data.get("command") is None:
+        if request.partial:
+            put(source, ("command",), ["true"], "nothing says yet what runs")
+        else:
+            raise UserError(
+                "nothing to run: give --config FILE for slurmkit's trainer, or a command of your own after --"
+            )
     if overrides and config is None:
         raise UserError(f"{overrides[0]!r} overrides a training configuration: give one with --config FILE")
     _fill_in(source, request, config, directory, results_dir)
@@ -124,7 +130,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     )
 
 
-def _refuse(problems: Iterator[str]) -> None:
+def _refuse(problems: Iterable[str]) -> None:
     lines = list(dict.fromkeys(problems))
     if lines:
         raise UserError("\n".join(lines))
@@ -264,7 +270,7 @@ def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> 
                 raise UserError(f"data.{name}.data_path: {path}: no such file")
             settled["data"][name]["data_path"] = path
     train = validate(TrainConfig, Source(settled, read.origins))
-    put(source, ("run_dir",), run_dir, origin_of(read, ("checkpointing", "checkpoint_dir")) or "results_dir and name")
+    put(source, ("run_dir",), run_dir, read.origins.get(("checkpointing", "checkpoint_dir"), "results_dir and name"))
     put(source, ("config",), _as_yaml(train), f"{config}")
     command = [source.data["python"], "-m", "slurmkit.grpo", f"--config={run_dir}/config.yaml"]
     put(source, ("command",), command, "slurmkit's trainer")

@@ -127,9 +127,12 @@ def read_site(path: Path | None) -> Site | None:
     for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
         anchor_paths(data, folder)
     site = Site(rules, Source(rules.model_dump(), source.origins))
-    problems = list(_problems(site))
+    # Only whole rules can be held against the site's own defaults.
+    problems = list(_problems(site)) or [
+        problem for partition in (None, *rules.partitions) for problem in _bad_defaults(site, partition)
+    ]
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return site
 
 
@@ -167,7 +170,6 @@ def _problems(site: Site) -> Iterator[str]:
                     )
             for key, limit in rules.limits.items():
                 yield from _broken_limit(key, limit, site.place(*prefix, "limits", key))
-        yield from _bad_defaults(site, partition)
 
 
 def _broken_limit(key: str, limit: Limit, place: str) -> Iterator[str]:

@@ -1,0 +1,71 @@
+"""slurmkit config"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.job.settle import Settled, settle
+
+_WIDTH = 60
+
+
+@click.command("config", cls=JobCommand)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, also what nobody set.")
+@job_options(slurm=True)
+@click.pass_context
+def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **options: Any) -> None:
+    """Print the settled job, and where each value comes from: a file and line, a variable, a flag, or a default."""
+    request = replace(request_from(context, words, options), partial=True)
+    settled = settle(request, Path.cwd())
+    if as_json:
+        click.echo(json.dumps(_as_json(settled), indent=2, ensure_ascii=False))
+        return
+    for key, value in _flat(settled.spec.model_dump(mode="json", exclude={"config"})):
+        if value not in (None, [], {}, False) or settled.origins.get(key, "default") != "default":
+            _line(key, value, settled.origins.get(key, "default"))
+    for folder in settled.templates:
+        _line("templates", str(folder), "before slurmkit's own")
+    if settled.train is not None:
+        click.echo(f"\n# the training configuration, from {settled.origins['config']}")
+        for key, value in _flat(settled.train.model_dump(mode="json")):
+            _line(key, value, _train_origin(settled, key))
+
+
+def _as_json(settled: Settled) -> dict[str, Any]:
+    spec = settled.spec.model_dump(mode="json", exclude={"config"})
+    result = {
+        "spec": spec,
+        "origins": {key: settled.origins.get(key, "default") for key, _ in _flat(spec)},
+        "templates": [str(folder) for folder in settled.templates],
+        "sources": [str(path) for path in settled.sources],
+    }
+    if settled.train is not None:
+        train = settled.train.model_dump(mode="json")
+        result["config"] = train
+        result["config_origins"] = {key: _train_origin(settled, key) for key, _ in _flat(train)}
+    return result
+
+
+def _train_origin(settled: Settled, key: str) -> str:
+    if key in settled.config_origins:
+        return settled.config_origins[key]
+    filled = {"cluster.num_nodes": "nodes", "checkpointing.checkpoint_dir": "run_dir"}
+    return f"the job's {filled[key]}" if key in filled else "default"
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return found
+
+
+def _line(key: str, value: Any, origin: str) -> None:
+    text = f"{key}: {json.dumps(value, ensure_ascii=False)}"
+    click.echo(f"{text:<{_WIDTH}}  # {origin}")

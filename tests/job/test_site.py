@@ -1,0 +1,250 @@
+"""A site's file: its defaults reach every job, its rules are kept, and each refusal says where the rule stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurmkit.errors import UserError
+from slurmkit.job.draft import draft
+from slurmkit.job.settle import Request, Settled, settle
+from slurmkit.job.site import read_site
+from slurmkit.slurm.client import Gres, Partition
+
+
+class Site:
+    """A site's file, and jobs settled under it."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.path = folder / "site.yaml"
+        self.path.write_text(text)
+        self.folder = folder
+
+    def settle(self, *, partition: str | None = None, run_file: Path | None = None, **flags: Any) -> Settled:
+        given = flags if partition is None else {**flags, "partition": partition}
+        keys = {name.replace("__", "."): value for name, value in given.items()}
+        request = Request(run_file=run_file, command=("date",), flags=keys)
+        return settle(request, self.folder, {"SLURMKIT_SITE": str(self.path), "HOME": str(self.folder)})
+
+    def refusal(self, **flags: Any) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            self.settle(**flags)
+        return [line.replace(f"{self.path}:", "site.yaml:") for line in str(caught.value).splitlines()]
+
+
+RULES = """\
+defaults:
+  time: 60
+  partition: cpu
+  ray: {start_timeout: 300}
+lock: [ray.start_timeout, sbatch.nice]
+require: [account]
+limits:
+  nodes: {max: 4}
+  time: {min: 5, max: 1-00:00:00}
+  mem: {max: 512G}
+  account: {pattern: "proj-[0-9]+"}
+  partition: {allowed: [cpu, gpu]}
+  total_gpus: {max: 16}
+partitions:
+  gpu:
+    defaults:
+      gres: gpu:h100:8
+      sbatch: {nice: 5}
+    require: [qos]
+    limits:
+      nodes: {max: 2}
+      gres: {max: 8}
+      cpus_per_task: {allowed: [8, 16]}
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path, RULES.replace("lock: [ray.start_timeout, sbatch.nice]", "lock:\n  - ray.start_timeout"))
+
+
+def test_a_site_s_defaults_are_the_weakest_layer_and_keep_their_origin(site: Site) -> None:
+    settled = site.settle(account="proj-1")
+    assert (settled.spec.time, settled.spec.partition) == ("60", "cpu")
+    assert settled.origins["time"] == f"{site.path}:2"
+    assert site.settle(account="proj-1", time="2:00:00").spec.time == "2:00:00"
+
+
+def test_a_partition_has_defaults_of_its_own(site: Site) -> None:
+    settled = site.settle(partition="gpu", account="proj-1", qos="q")
+    assert settled.spec.gres == "gpu:h100:8"
+    assert settled.origins["gres"] == f"{site.path}:18"
+    assert settled.spec.sbatch == {"nice": "5"}
+    assert site.settle(partition="cpu", account="proj-1").spec.gres is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"ray__start_timeout": 60},
+            "ray.start_timeout: 60 (command line: ray.start_timeout) cannot be set: the site locks it to 300 "
+            "(site.yaml:6)",
+        ),
+        ({"account": None}, "account must be given: the site requires it (site.yaml:7)"),
+        (
+            {"nodes": 5},
+            "nodes: 5 (command line: nodes) is above the maximum of 4, by the site's rule (site.yaml:9)",
+        ),
+        (
+            {"time": "4"},
+            "time: '4' (command line: time) is below the minimum of 5, by the site's rule (site.yaml:10)",
+        ),
+        (
+            {"time": "1-00:00:01"},
+            "time: '1-00:00:01' (command line: time) is above the maximum of 1-00:00:00, by the site's rule "
+            "(site.yaml:10)",
+        ),
+        ({"time": "0"}, "time: '0' (command line: time) is above the maximum of 1-00:00:00"),
+        ({"mem": "1T"}, "mem: '1T' (command line: mem) is above the maximum of 512G"),
+        ({"mem": "0"}, "mem: '0' (command line: mem) is above the maximum of 512G"),
+        ({"account": "x"}, "account: 'x' (command line: account) does not match the pattern proj-[0-9]+"),
+        ({"partition": "big"}, "partition: 'big' (command line: partition) is not one of cpu, gpu"),
+        ({"partition": "cpu,big"}, "partition: 'cpu,big' (command line: partition) is not one of cpu, gpu"),
+        ({"gpus_per_node": "h100:8", "nodes": 3}, "total_gpus: 24 is above the maximum of 16"),
+        (
+            {"partition": "gpu", "qos": "q", "nodes": 3},
+            "nodes: 3 (command line: nodes) is above the maximum of 2 for partition gpu, by the site's rule "
+            "(site.yaml:22)",
+        ),
+        ({"partition": "gpu", "qos": "q", "gres": "gpu:h100:16"}, "gres: 'gpu:h100:16'"),
+        ({"partition": "gpu", "qos": "q", "cpus_per_task": 4}, "cpus_per_task: 4 (command line: cpus_per_task) is not"),
+        ({"partition": "gpu"}, "qos must be given for partition gpu: the site requires it (site.yaml:20)"),
+        ({"partition": "cpu,gpu"}, "qos must be given for partition gpu"),
+    ],
+)
+def test_a_broken_rule_is_refused_by_key_value_origin_and_the_rule_s_line(
+    site: Site, flags: dict[str, Any], message: str
+) -> None:
+    assert any(line.startswith(message) for line in site.refusal(**{"account": "proj-1", **flags}))
+
+
+def test_all_broken_rules_are_told_at_once(site: Site) -> None:
+    assert len(site.refusal(account="x", nodes=9, time="9-00:00:00")) == 3
+
+
+def test_a_locked_key_may_be_repeated_with_the_same_value(site: Site) -> None:
+    assert site.settle(account="proj-1", ray__start_timeout=300).spec.ray.start_timeout == 300
+
+
+def test_a_locked_key_cannot_be_taken_away_by_a_null(tmp_path: Path) -> None:
+    site = Site(tmp_path, "defaults: {qos: low}\nlock: [qos]\n")
+    assert site.refusal(qos=None) == [
+        "qos: None (command line: qos) cannot be set: the site locks it to 'low' (site.yaml:2)"
+    ]
+
+
+def test_a_locked_section_locks_everything_in_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, "defaults: {ray: {num_cpus: 4}}\nlock: [ray]\n")
+    assert site.refusal(ray__start_timeout=60)[0].startswith("ray: {'num_cpus': 4, 'start_timeout': 60}")
+
+
+def test_locked_templates_keep_a_project_s_out(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    site = Site(tmp_path, "lock: [templates]\n")
+    assert "templates: " in site.refusal(templates=str(tmp_path / "mine"))[0]
+
+
+def test_what_a_site_adds_is_in_every_job_and_cannot_be_set_otherwise(tmp_path: Path) -> None:
+    site = Site(tmp_path, "add:\n  env: {NIC: ib0}\n  prologue: [module load cuda]\n  epilogue: [sync]\n")
+    spec = site.settle(setup=["ulimit -c 0"], epilogue=["date"]).spec
+    assert (spec.env, spec.prologue, spec.setup) == ({"NIC": "ib0"}, ("module load cuda",), ("ulimit -c 0",))
+    assert spec.epilogue == ("date", "sync"), "the site has the last word"
+    assert site.settle(env__NIC="ib0").spec.env == {"NIC": "ib0"}
+    assert site.refusal(env__NIC="eth0") == [
+        "env.NIC: 'eth0' (command line: env.NIC) cannot be set: the site sets it to 'ib0' (site.yaml:2)"
+    ]
+    (tmp_path / "job.yaml").write_text("prologue: [date]\n")
+    with pytest.raises(UserError, match=r"prologue .* is the site's to set: write setup"):
+        site.settle(run_file=tmp_path / "job.yaml")
+
+
+def test_forbidden_environment_names_are_refused_with_the_rule_s_line(tmp_path: Path) -> None:
+    site = Site(tmp_path, "add: {env: {NCCL_A: x}}\nforbid:\n  env:\n  - LD_PRELOAD\n  - NCCL_*\n")
+    assert site.refusal(env__NCCL_B="1", env__LD_PRELOAD="x") == [
+        "env.LD_PRELOAD (command line: env.LD_PRELOAD) cannot be set: the site forbids LD_PRELOAD (site.yaml:4)",
+        "env.NCCL_B (command line: env.NCCL_B) cannot be set: the site forbids NCCL_* (site.yaml:5)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodes: 2\n", "unknown key nodes (site.yaml:1)"),
+        ("defaults: {nodse: 2}\n", "unknown key nodse (site.yaml:1); the nearest known key is nodes"),
+        ("defaults: {nodes: 0}\n", "nodes: should be greater than or equal to 1, not 0 (site.yaml:1)"),
+        ("defaults: 3\n", "defaults: should be a valid dictionary, not 3 (site.yaml:1)"),
+        ("lock: [container.runtme]\n", "lock: container.runtme is no key of a job (site.yaml:1); the nearest is"),
+        ("lock: [qos]\n", "lock: qos has no value under defaults to be locked to (site.yaml:1)"),
+        ("require: [acount]\n", "require: acount is no key of a job (site.yaml:1); the nearest is account"),
+        ("limits: {nodes: {}}\n", "limits.nodes: says nothing: give min, max, allowed or pattern (site.yaml:1)"),
+        ("limits: {nodes: 4}\n", "limits.nodes: "),
+        ("limits: {nodes: {maximum: 4}}\n", "unknown key limits.nodes.maximum (site.yaml:1)"),
+        ("limits: {nodes: {max: many}}\n", "limits.nodes.max: 'many' cannot be compared with"),
+        ("limits: {time: {max: 1h}}\n", "limits.time.max: '1h' cannot be compared with: '1h' is not a Slurm time"),
+        ("limits: {mem: {max: lots}}\n", "limits.mem.max: 'lots' cannot be compared with"),
+        ("limits: {account: {pattern: '['}}\n", "limits.account.pattern: '[' is not a regular expression"),
+        ("limits: {gpuhours: {max: 4}}\n", "limits: gpuhours is no key of a job (site.yaml:1)"),
+        ("limits: {nodes: {max: 4}}\ndefaults: {nodes: 5}\n", "nodes: 5 (site.yaml:2) is above the maximum of 4"),
+        ("partitions: {gpu: {lock: [qos]}}\n", "lock: qos has no value under defaults"),
+        ("partitions: {gpu: {nodes: 4}}\n", "unknown key partitions.gpu.nodes (site.yaml:1)"),
+        ("forbid: {envs: [A]}\n", "unknown key forbid.envs (site.yaml:1); the nearest known key is forbid.env"),
+        ("forbid: {env: A}\n", "forbid.env: should be a valid tuple, not 'A' (site.yaml:1)"),
+        ("add: {env: {A: [1]}}\n", "add.env.A: should be a valid string, not [1] (site.yaml:1)"),
+        ("add: {prolog: [date]}\n", "unknown key add.prolog (site.yaml:1); the nearest known key is add.prologue"),
+        ("profiles: {debug: 4}\n", "profiles.debug: should be a valid dictionary, not 4 (site.yaml:1)"),
+        ("defaults: {nodes: 1, nodes: 2}\n", "site.yaml:1: not valid YAML: the key 'nodes' stands twice"),
+        ("- a\n", "site.yaml: must hold keys and values, found list"),
+    ],
+)
+def test_a_mistake_in_a_site_s_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    lines = Site(tmp_path, text).refusal()
+    assert any(line.replace(str(tmp_path / "site.yaml"), "site.yaml").startswith(message) for line in lines), lines
+
+
+def test_a_site_file_that_is_named_must_exist_and_an_empty_name_is_none(tmp_path: Path) -> None:
+    request = Request(command=("date",))
+    with pytest.raises(UserError, match=r"none\.yaml: no such file"):
+        settle(request, tmp_path, {"SLURMKIT_SITE": str(tmp_path / "none.yaml")})
+    assert settle(request, tmp_path, {"SLURMKIT_SITE": ""}).spec.nodes == 1
+
+
+def test_profiles_of_site_and_project_are_laid_together_below_the_run_file(tmp_path: Path) -> None:
+    site = Site(tmp_path, "profiles: {debug: {time: 10, nodes: 2, env: {A: 1}}}\n")
+    (tmp_path / "slurmkit.yaml").write_text("time: 20\nprofiles:\n  debug: {nodes: 3, env: {B: 2}}\n")
+    (tmp_path / "job.yaml").write_text("env: {B: 3}\n")
+    environ = {"SLURMKIT_SITE": str(site.path), "SLURMKIT_PROFILE": "debug"}
+    settled = settle(Request(run_file=tmp_path / "job.yaml", command=("date",)), tmp_path, environ)
+    assert (settled.spec.time, settled.spec.nodes, settled.spec.env) == ("10", 3, {"A": "1", "B": "3"})
+    assert settled.origins["time"] == f"{site.path}:1"
+    assert settled.origins["nodes"] == f"{tmp_path}/slurmkit.yaml:3"
+    with pytest.raises(UserError, match=r"no profile 'x' \(--profile\); there are debug"):
+        settle(Request(command=("date",), profile="x"), tmp_path, environ)
+
+
+def test_a_drafted_site_file_passes_lint_and_holds_what_the_cluster_said(tmp_path: Path) -> None:
+    h100, a100 = Gres("gpu", "h100", 8), Gres("gpu", "a100", 4)
+    partitions = [
+        Partition("batch", True, "UP", 4, 1440, 60, None, (h100,), (16, 16), (64000, 64000)),
+        Partition("mixed: #1", False, "DRAIN", 20, None, None, 8, (h100, a100), (16, 64), (64000, 512000)),
+        Partition("empty", False, "INACTIVE", 0, None, None, None, (), (0, 0), (0, 0)),
+    ]
+    path = tmp_path / "site.yaml"
+    path.write_text(draft(partitions, pyxis=False))
+    site = read_site(path)
+    assert site is not None
+    assert site.rules.defaults["partition"] == "batch"
+    assert list(site.rules.partitions) == ["batch", "mixed: #1", "empty"]
+    limits = site.rules.partitions["batch"].limits
+    assert (limits["nodes"].max, limits["time"].max) == (4, "1-00:00:00")
+    assert site.rules.partitions["mixed: #1"].limits["nodes"].max == 8
+    assert "DRAIN, 20 nodes: 16 to 64 CPUs, 64000 to 512000 MB, gpu:a100:4, gpu:h100:8" in path.read_text()
+    assert "pyxis is not installed" in path.read_text()
