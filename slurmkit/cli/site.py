@@ -18,13 +18,11 @@ def command() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def lint(file: Path) -> None:
     """Check a site's file alone: its keys, its defaults against its own rules, its patterns, its templates' folder."""
-    from slurmkit.job.site import read_site, templates_of
+    from slurmkit.job.site import read_site
 
     site = read_site(file)
-    assert site is not None
-    folder = templates_of(site)
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"templates: {folder}: no such folder ({site.place('templates')})")
+    if site.templates is not None and not site.templates.is_dir():
+        raise UserError(f"templates: {site.templates}: no such folder ({site.place('templates')})")
     rules = site.rules
     every = [rules, *rules.partitions.values()]
     click.echo(

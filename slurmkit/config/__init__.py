@@ -1,6 +1,1 @@
-"""The training configuration: the one thing that the login node and the trainer share."""
-
-from slurmkit.config.load import load_config
-from slurmkit.config.schema import TrainConfig
-
-__all__ = ["TrainConfig", "load_config"]
+"""YAML with origins, and the schema of the training configuration: what the login node and the trainer share."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slurmkit.config import load_config
+from slurmkit.config.load import load_config
 from slurmkit.errors import SlurmkitError
 
 

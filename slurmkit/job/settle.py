@@ -9,25 +9,17 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from slurmkit.config.load import read_config
-from slurmkit.config.schema import TrainConfig
 from slurmkit.config.source import Source, merge, put
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
 from slurmkit.job.layers import Layer, absolute, profile_layer, read_layers, site_file
-from slurmkit.job.site import (
-    Site,
-    add_to,
-    locks_and_requirements,
-    read_site,
-    refusals,
-    templates_of,
-)
 from slurmkit.job.spec import JobSpec
+
+if TYPE_CHECKING:
+    from slurmkit.config.schema import TrainConfig
+    from slurmkit.job.site import Site
 
 _FILE = re.compile(r"(.+):\d+")
 
@@ -85,14 +77,14 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     Paths in flags are relative to `directory`, paths in a file to the file. Changes nothing on disk. UserError names
     key, value and origin, and for a site's rule its file and line.
     """
-    site = read_site(site_file(environ))
+    site = _site(environ)
     layers = list(_layers(request, directory, environ, site))
     requested = _lay(layers)
     source = _over_site(site, requested)
     if site is not None:
-        _refuse([*locks_and_requirements(site, source), *add_to(site, source)])
+        _refuse([*site.locks_and_requirements(source), *site.add_to(source)])
     templates = _take_path(source, "templates", directory)
-    folders = [path for path in (templates, templates_of(site)) if path is not None]
+    folders = [path for path in (templates, None if site is None else site.templates) if path is not None]
     for path in folders:
         if not path.is_dir():
             raise UserError(f"templates: {path}: no such folder")
@@ -116,8 +108,8 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         train, config_origins = _settle_training(config, overrides, source)
     spec = validate(JobSpec, source)
     if site is not None:
-        _refuse(refusals(site, spec, source))
-    in_layers = [None if site is None else site_file(environ), *(layer.path for layer in layers)]
+        _refuse(site.refusals(spec, source))
+    in_layers = [None if site is None else site.path, *(layer.path for layer in layers)]
     files = [path for path in in_layers if path is not None]
     files += sorted({Path(match[1]) for place in config_origins.values() if (match := _FILE.fullmatch(place))})
     return Settled(
@@ -128,6 +120,15 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         train,
         config_origins,
     )
+
+
+def _site(environ: Mapping[str, str]) -> Site | None:
+    path = site_file(environ)
+    if path is None:
+        return None
+    from slurmkit.job.site import read_site
+
+    return read_site(path)
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -248,6 +249,9 @@ def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]
 
 def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> tuple[TrainConfig, dict[str, str]]:
     """The training configuration with what the job already says about nodes and places filled in."""
+    from slurmkit.config.load import read_config
+    from slurmkit.config.schema import TrainConfig
+
     read = read_config(config, overrides)
     train = validate(TrainConfig, read)
     nodes = source.data.get("nodes", JobSpec.model_fields["nodes"].default)
@@ -279,6 +283,8 @@ def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> 
 
 
 def _as_yaml(train: TrainConfig) -> str:
+    import yaml
+
     # Innermost groups on one line each: complete, and still short enough to read in the script.
     return yaml.safe_dump(
         train.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from slurmkit.config.schema import Section
+from slurmkit.config.section import Section
 from slurmkit.config.source import Key, Source, merge, put, read_yaml
 from slurmkit.config.validate import known_keys, nearest, origin_of, validate
 from slurmkit.errors import UserError
@@ -94,6 +94,7 @@ class SiteFile(Rules):
 class Site:
     """A site's file as it was read."""
 
+    path: Path
     rules: SiteFile
     source: Source
 
@@ -116,17 +117,88 @@ class Site:
         """File and line of a rule."""
         return origin_of(self.source, key) or "the site's file"
 
+    def add_to(self, source: Source) -> Iterator[str]:
+        """Put what the site adds into `source`. Yields a refusal for each variable that the job sets otherwise."""
+        add = self.rules.add
+        for name, value in add.env.items():
+            own = _get(source.data, f"env.{name}")
+            if own is not None and str(own) != value:
+                yield (
+                    f"env.{name}: {own!r} ({origin_of(source, ('env', name))}) cannot be set: the site sets it to "
+                    f"{value!r} ({self.place('add', 'env', name)})"
+                )
+            put(source, ("env", name), value, self.place("add", "env", name))
+        for key, inner, first in (
+            ("prologue", "prologue", True),
+            ("epilogue", "epilogue", False),
+            ("mounts", "container.mounts", False),
+        ):
+            added = getattr(add, key)
+            if not added or (key == "mounts" and _get(source.data, "container.runtime") in (None, "none")):
+                continue
+            own = _get(source.data, inner) or []
+            both = [*added, *own] if first else [*own, *added]
+            put(source, tuple(inner.split(".")), both, self.place("add", key))
 
-def read_site(path: Path | None) -> Site | None:
+    def locks_and_requirements(self, merged: Source) -> Iterator[str]:
+        """A refusal for each locked key that another layer changed, and for each required one that none gives."""
+        partition = merged.data.get("partition")
+        for prefix, rules, whom in self.rule_sets(partition):
+            for index, key in enumerate(rules.lock):
+                wanted, asked = _get(self.defaults(partition).data, key), _get(merged.data, key)
+                if _plain(asked) != _plain(wanted):
+                    to = f" to {_shown(wanted)}" if wanted is not None else ""
+                    yield (
+                        f"{key}: {_shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
+                        f"locks it{to}{whom} ({self.place(*prefix, 'lock', str(index))})"
+                    )
+            for index, key in enumerate(rules.require):
+                if _get(merged.data, key) is None:
+                    place = self.place(*prefix, "require", str(index))
+                    yield f"{key} must be given{whom}: the site requires it ({place})"
+
+    def refusals(self, spec: JobSpec, source: Source) -> Iterator[str]:
+        """A refusal for each limit that a job breaks, and for each forbidden variable."""
+        yield from _limit_refusals(self, spec, source)
+        own_env = {name: value for name, value in spec.env.items() if name not in self.rules.add.env}
+        for index, pattern in enumerate(self.rules.forbid.env):
+            for name in own_env:
+                if fnmatch.fnmatchcase(name, pattern):
+                    yield (
+                        f"env.{name} ({origin_of(source, ('env', name))}) cannot be set: the site forbids {pattern} "
+                        f"({self.place('forbid', 'env', str(index))})"
+                    )
+
+    def forbidden_mounts(self, spec: JobSpec, sources: list[tuple[str, str | None]]) -> Iterator[str]:
+        """Refusals for the mounts of a job: pairs of a host path and its origin."""
+        for index, folder in enumerate(self.rules.forbid.mounts):
+            forbidden = os.path.realpath(os.path.expandvars(folder))
+            for path, origin in sources:
+                real = os.path.realpath(path)
+                if os.path.commonpath([real, forbidden]) in (real, forbidden):
+                    yield (
+                        f"container.mounts: {path}"
+                        + (f" ({origin})" if origin else "")
+                        + f" cannot be mounted: the site "
+                        f"forbids {folder} ({self.place('forbid', 'mounts', str(index))})"
+                    )
+
+    @property
+    def templates(self) -> Path | None:
+        """The site's folder of templates."""
+        if self.rules.templates is None:
+            return None
+        return Path(absolute(self.rules.templates, self.path.absolute().parent))
+
+
+def read_site(path: Path) -> Site:
     """Read and check a site's file. UserError lists all that is wrong with it."""
-    if path is None:
-        return None
     source = read_yaml(path)
     rules = validate(SiteFile, source)
     folder = path.absolute().parent
     for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
         anchor_paths(data, folder)
-    site = Site(rules, Source(rules.model_dump(), source.origins))
+    site = Site(path, rules, Source(rules.model_dump(), source.origins))
     # Only whole rules can be held against the site's own defaults.
     problems = list(_problems(site)) or [
         problem for partition in (None, *rules.partitions) for problem in _bad_defaults(site, partition)
@@ -205,60 +277,6 @@ def _bad_defaults(site: Site, partition: str | None) -> Iterator[str]:
     yield from _limit_refusals(site, spec, source)
 
 
-def add_to(site: Site, source: Source) -> Iterator[str]:
-    """Put what the site adds into `source`. Yields a refusal for each variable that the job sets otherwise."""
-    add = site.rules.add
-    for name, value in add.env.items():
-        own = _get(source.data, f"env.{name}")
-        if own is not None and str(own) != value:
-            yield (
-                f"env.{name}: {own!r} ({origin_of(source, ('env', name))}) cannot be set: the site sets it to "
-                f"{value!r} ({site.place('add', 'env', name)})"
-            )
-        put(source, ("env", name), value, site.place("add", "env", name))
-    for key, inner, first in (
-        ("prologue", "prologue", True),
-        ("epilogue", "epilogue", False),
-        ("mounts", "container.mounts", False),
-    ):
-        added = getattr(add, key)
-        if not added or (key == "mounts" and _get(source.data, "container.runtime") in (None, "none")):
-            continue
-        own = _get(source.data, inner) or []
-        both = [*added, *own] if first else [*own, *added]
-        put(source, tuple(inner.split(".")), both, site.place("add", key))
-
-
-def locks_and_requirements(site: Site, merged: Source) -> Iterator[str]:
-    """A refusal for each locked key that another layer changed, and for each required one that none gives."""
-    partition = merged.data.get("partition")
-    for prefix, rules, whom in site.rule_sets(partition):
-        for index, key in enumerate(rules.lock):
-            wanted, asked = _get(site.defaults(partition).data, key), _get(merged.data, key)
-            if _plain(asked) != _plain(wanted):
-                to = f" to {_shown(wanted)}" if wanted is not None else ""
-                yield (
-                    f"{key}: {_shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
-                    f"locks it{to}{whom} ({site.place(*prefix, 'lock', str(index))})"
-                )
-        for index, key in enumerate(rules.require):
-            if _get(merged.data, key) is None:
-                yield f"{key} must be given{whom}: the site requires it ({site.place(*prefix, 'require', str(index))})"
-
-
-def refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
-    """A refusal for each limit that a job breaks, and for each forbidden variable."""
-    yield from _limit_refusals(site, spec, source)
-    own_env = {name: value for name, value in spec.env.items() if name not in site.rules.add.env}
-    for index, pattern in enumerate(site.rules.forbid.env):
-        for name in own_env:
-            if fnmatch.fnmatchcase(name, pattern):
-                yield (
-                    f"env.{name} ({origin_of(source, ('env', name))}) cannot be set: the site forbids {pattern} "
-                    f"({site.place('forbid', 'env', str(index))})"
-                )
-
-
 def _limit_refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
     settled = spec.model_dump(mode="json")
     for prefix, rules, whom in site.rule_sets(spec.partition):
@@ -308,27 +326,6 @@ def _measure(key: str, value: Any, bound: bool = False) -> float:
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is no number")
     return float(value)
-
-
-def forbidden_mounts(site: Site, spec: JobSpec, sources: list[tuple[str, str | None]]) -> Iterator[str]:
-    """Refusals for the mounts of a job: pairs of a host path and its origin."""
-    for index, folder in enumerate(site.rules.forbid.mounts):
-        forbidden = os.path.realpath(os.path.expandvars(folder))
-        for path, origin in sources:
-            real = os.path.realpath(path)
-            if os.path.commonpath([real, forbidden]) in (real, forbidden):
-                yield (
-                    f"container.mounts: {path}" + (f" ({origin})" if origin else "") + f" cannot be mounted: the site "
-                    f"forbids {folder} ({site.place('forbid', 'mounts', str(index))})"
-                )
-
-
-def templates_of(site: Site | None) -> Path | None:
-    """The site's folder of templates."""
-    if site is None or site.rules.templates is None:
-        return None
-    path = site.place("templates").rpartition(":")[0]
-    return Path(absolute(site.rules.templates, Path(path).absolute().parent))
 
 
 def _get(data: Any, key: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slurmkit.config.schema import Section
+from slurmkit.config.section import Section
 from slurmkit.job.values import (
     AbsolutePath,
     Array,

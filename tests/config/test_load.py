@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from slurmkit.config import load_config
+from slurmkit.config.load import load_config
 from slurmkit.config.source import parse_value, read_yaml
 from slurmkit.errors import UserError
 

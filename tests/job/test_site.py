@@ -240,7 +240,6 @@ def test_a_drafted_site_file_passes_lint_and_holds_what_the_cluster_said(tmp_pat
     path = tmp_path / "site.yaml"
     path.write_text(draft(partitions, pyxis=False))
     site = read_site(path)
-    assert site is not None
     assert site.rules.defaults["partition"] == "batch"
     assert list(site.rules.partitions) == ["batch", "mixed: #1", "empty"]
     limits = site.rules.partitions["batch"].limits
