@@ -35,6 +35,8 @@ def _describe(model: type[BaseModel], source: Source, problem: dict[str, Any]) -
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         return f"{name}: {message}{place}" if name else message
+    if problem["type"] == "too_short":
+        return f"{name}: must not be empty{place}"
     message = problem["msg"].removeprefix("Input ")
     return f"{name}: {message}, not {_shown(problem['input'])}{place}"
 
@@ -52,7 +54,7 @@ def _written_key(data: Any, location: tuple[int | str, ...]) -> Key:
         inside: Any = dict(enumerate(data)) if isinstance(data, list) else data
         if isinstance(inside, dict) and part in inside:
             data = inside[part]
-        elif not (is_last and isinstance(inside, dict)):
+        elif not (is_last and isinstance(data, dict)):
             continue
         key.append(str(part))
     return tuple(key)

@@ -140,9 +140,6 @@ def _refuse(problems: Iterable[str]) -> None:
 def _layers(request: Request, directory: Path, environ: Mapping[str, str], site: Site | None) -> Iterator[Layer]:
     """All layers above the site, weakest first."""
     found = list(read_layers(request.run_file, directory, environ))
-    for layer in found:
-        if "prologue" in layer.source.data:
-            raise UserError(f"prologue ({layer.source.origins[('prologue',)]}) is the site's to set: write setup")
     named = [(layer.source.data.get("profile"), layer.source.origins.get(("profile",))) for layer in found]
     named += [(environ.get("SLURMKIT_PROFILE"), "environment: SLURMKIT_PROFILE"), (request.profile, "--profile")]
     chosen = [(name, origin) for name, origin in named if name]
@@ -150,7 +147,9 @@ def _layers(request: Request, directory: Path, environ: Mapping[str, str], site:
     if chosen:
         of_site = [Layer("site", None, site.source)] if site is not None else []
         name, origin = chosen[-1]
-        profile = profile_layer(str(name), str(origin), [*of_site, *found])
+        if not isinstance(name, str):
+            raise UserError(f"profile: {name!r} is not a name ({origin})")
+        profile = profile_layer(name, str(origin), [*of_site, *found])
     for layer in found:
         if layer.name in ("run file", "environment") and profile is not None:
             yield profile
@@ -173,6 +172,8 @@ def _lay(layers: Sequence[Layer]) -> Source:
     merged = Source({}, {})
     for layer in layers:
         data = layer.source.data
+        if "prologue" in data:
+            raise UserError(f"prologue ({layer.source.origins[('prologue',)]}) is the site's to set: write setup")
         if data.get("config") is not None and data.get("command") is not None:
             where = "--config and a command after --" if layer.path is None else f"{layer.path}: config and command"
             raise UserError(f"{where} exclude each other: config runs slurmkit's trainer")

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from slurmkit.config.section import Section
 from slurmkit.job.values import (
     AbsolutePath,
     Array,
+    EnvironmentName,
     Gpus,
     Gres,
     Interpreter,
@@ -26,9 +27,23 @@ from slurmkit.job.values import (
     minutes_of,
 )
 
-_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(API_KEY|ACCESS_KEY|SECRET|TOKEN|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
+
+
+def _option(option: str) -> str:
+    if not _OPTION.fullmatch(option):
+        raise ValueError(f"{option!r} is not a long option of sbatch, such as licenses or nice")
+    # sbatch takes the beginning of an option for the whole, as long as it is unambiguous.
+    own = sorted(name for name in OWN_OPTIONS if name.startswith(option))
+    if own:
+        key = "name" if own[0] == "job-name" else own[0].removeprefix("no-").replace("-", "_")
+        hint = f": use the key {key}" if key in JobSpec.model_fields else ""
+        raise ValueError(f"{'' if own[0] == option else f'short for {own[0]}, which is '}set by slurmkit itself{hint}")
+    return option
+
+
+Option = Annotated[str, AfterValidator(_option)]
 
 
 class Container(Section):
@@ -112,14 +127,14 @@ class JobSpec(Section):
     """Who gets it."""
     comment: Line | None = None
     """A comment that Slurm stores with the job."""
-    sbatch: dict[str, Line | bool] = {}
+    sbatch: dict[Option, Line | bool] = {}
     """Any other option of sbatch by its long name without dashes; true for an option without a value."""
 
     container: Container = Container()
     """What the job's processes run in."""
     ray: RayOptions = RayOptions()
     """How Ray is brought up."""
-    env: dict[str, Word] = {}
+    env: dict[EnvironmentName, Word] = {}
     """Environment of every process of the job. Values are in the script: nothing secret."""
 
     prologue: Annotated[tuple[Word, ...], Field(strict=False)] = ()
@@ -163,23 +178,11 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _names_are_ours_to_set(self) -> JobSpec:
         for name in self.env:
-            if not _ENVIRONMENT_NAME.fullmatch(name):
-                raise ValueError(f"env: {name!r} cannot name an environment variable")
-            if name.startswith(("SLURM", "SBATCH_", "SK_")):
-                whose = "slurmkit" if name.startswith("SK_") else "Slurm"
-                raise ValueError(f"env: {name} belongs to {whose} and cannot be set")
             if _SECRET.search(name):
                 raise ValueError(
                     f"env: {name} looks like a secret, and the script that would hold it is stored and shown: export "
                     "it in your shell, whose environment the job inherits"
                 )
-        for option in self.sbatch:
-            if not _OPTION.fullmatch(option):
-                raise ValueError(f"sbatch: {option!r} is not a long option of sbatch, such as licenses or nice")
-            # sbatch takes the beginning of an option for the whole, as long as it is unambiguous.
-            own = sorted(name for name in OWN_OPTIONS if name.startswith(option))
-            if own:
-                raise ValueError(f"sbatch: {option} is {_whose(own[0], option)}")
         return self
 
     def directives(self) -> Iterator[tuple[str, str | None]]:
@@ -238,10 +241,3 @@ OWN_OPTIONS = {key.replace("_", "-") for key in DIRECTIVES} | {
     "parsable",
     "wait",
 }
-
-
-def _whose(own: str, option: str) -> str:
-    key = "name" if own == "job-name" else own.removeprefix("no-").replace("-", "_")
-    hint = f": use the key {key}" if key in JobSpec.model_fields else ""
-    short = "" if own == option else f"short for {own}, which is "
-    return f"{short}set by slurmkit itself{hint}"

@@ -17,6 +17,7 @@ _GRES_ITEM = r"[A-Za-z_]\w*(?::[A-Za-z_][A-Za-z0-9_.-]*)?(?::\d+[KMGTkmgt]?)?"
 _GRES = re.compile(rf"{_GRES_ITEM}(?:,{_GRES_ITEM})*")
 _GPUS_ITEM = r"(?:[A-Za-z_][A-Za-z0-9_.-]*:)?\d+"
 _GPUS = re.compile(rf"{_GPUS_ITEM}(?:,{_GPUS_ITEM})*")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIGNAL = re.compile(r"(?:R?B:|R:)?(?:[A-Z][A-Z0-9]*|\d+)(?:@\d+)?")
 _ARRAY = re.compile(r"\d+(?:-\d+(?::\d+)?)?(?:,\d+(?:-\d+(?::\d+)?)?)*(?:%\d+)?")
 _MEGABYTES = {"K": 1 / 1024, "": 1.0, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
@@ -101,6 +102,14 @@ def _interpreter(value: str) -> str:
     return _path(value) if "/" in value else _name(value)
 
 
+def _environment_name(name: str) -> str:
+    if not _ENVIRONMENT_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot name an environment variable")
+    if name.startswith(("SLURM", "SBATCH_", "SK_")):
+        raise ValueError(f"belongs to {'slurmkit' if name.startswith('SK_') else 'Slurm'} and cannot be set")
+    return name
+
+
 def _no_nul(value: str) -> str:
     if "\0" in value:
         raise ValueError(f"{value!r} holds a NUL byte, which no argument can carry")
@@ -119,6 +128,7 @@ def _number_as_text(value: object) -> object:
 Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line)]
 Word = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_no_nul)]
 Name = Annotated[str, AfterValidator(_name)]
+EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 AbsolutePath = Annotated[str, AfterValidator(_path)]
 Interpreter = Annotated[str, AfterValidator(_interpreter)]
 Time = Annotated[Line, _matching(_TIME, "a Slurm time: minutes, h:mm:ss or d-hh:mm:ss")]

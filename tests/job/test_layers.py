@@ -92,21 +92,3 @@ def test_paths_in_a_file_are_relative_to_it_and_may_hold_home_and_variables(
     assert spec.python == f"{here}/bin/python"
     write(here / "slurmkit.yaml", "python: python3.12\n")
     assert settle(DATE, here, {}).spec.python == "python3.12", "a bare name is found on the node's PATH"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("profiles: [a]\nprofile: a\n", "profiles: each name must hold keys of a job"),
-        ("profile: a\n", "profile: there is no profile 'a' (slurmkit.yaml:1); no file defines one under profiles:"),
-        ("profile: b\nprofiles: {a: {nodes: 2}}\n", "profile: there is no profile 'b' (slurmkit.yaml:1); there are a"),
-        ("profile: a\nprofiles: {a: {nodse: 2}}\n", "unknown key nodse (slurmkit.yaml:2)"),
-        ("templates: none\n", "none: no such folder"),
-        ("results_dir: [a]\n", "results_dir: ['a'] is not a path (slurmkit.yaml:1)"),
-    ],
-)
-def test_a_mistake_in_a_project_s_file_is_named_with_its_line(here: Path, text: str, message: str) -> None:
-    write(here / "slurmkit.yaml", text)
-    with pytest.raises(UserError) as caught:
-        settle(DATE, here, {})
-    assert message in str(caught.value).replace(f"{here}/", "")

@@ -175,41 +175,6 @@ def test_forbidden_environment_names_are_refused_with_the_rule_s_line(tmp_path: 
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("nodes: 2\n", "unknown key nodes (site.yaml:1)"),
-        ("defaults: {nodse: 2}\n", "unknown key nodse (site.yaml:1); the nearest known key is nodes"),
-        ("defaults: {nodes: 0}\n", "nodes: should be greater than or equal to 1, not 0 (site.yaml:1)"),
-        ("defaults: 3\n", "defaults: should be a valid dictionary, not 3 (site.yaml:1)"),
-        ("lock: [container.runtme]\n", "lock: container.runtme is no key of a job (site.yaml:1); the nearest is"),
-        ("lock: [qos]\n", "lock: qos has no value under defaults to be locked to (site.yaml:1)"),
-        ("require: [acount]\n", "require: acount is no key of a job (site.yaml:1); the nearest is account"),
-        ("limits: {nodes: {}}\n", "limits.nodes: says nothing: give min, max, allowed or pattern (site.yaml:1)"),
-        ("limits: {nodes: 4}\n", "limits.nodes: "),
-        ("limits: {nodes: {maximum: 4}}\n", "unknown key limits.nodes.maximum (site.yaml:1)"),
-        ("limits: {nodes: {max: many}}\n", "limits.nodes.max: 'many' cannot be compared with"),
-        ("limits: {time: {max: 1h}}\n", "limits.time.max: '1h' cannot be compared with: '1h' is not a Slurm time"),
-        ("limits: {mem: {max: lots}}\n", "limits.mem.max: 'lots' cannot be compared with"),
-        ("limits: {account: {pattern: '['}}\n", "limits.account.pattern: '[' is not a regular expression"),
-        ("limits: {gpuhours: {max: 4}}\n", "limits: gpuhours is no key of a job (site.yaml:1)"),
-        ("limits: {nodes: {max: 4}}\ndefaults: {nodes: 5}\n", "nodes: 5 (site.yaml:2) is above the maximum of 4"),
-        ("partitions: {gpu: {lock: [qos]}}\n", "lock: qos has no value under defaults"),
-        ("partitions: {gpu: {nodes: 4}}\n", "unknown key partitions.gpu.nodes (site.yaml:1)"),
-        ("forbid: {envs: [A]}\n", "unknown key forbid.envs (site.yaml:1); the nearest known key is forbid.env"),
-        ("forbid: {env: A}\n", "forbid.env: should be a valid tuple, not 'A' (site.yaml:1)"),
-        ("add: {env: {A: [1]}}\n", "add.env.A: should be a valid string, not [1] (site.yaml:1)"),
-        ("add: {prolog: [date]}\n", "unknown key add.prolog (site.yaml:1); the nearest known key is add.prologue"),
-        ("profiles: {debug: 4}\n", "profiles.debug: should be a valid dictionary, not 4 (site.yaml:1)"),
-        ("defaults: {nodes: 1, nodes: 2}\n", "site.yaml:1: not valid YAML: the key 'nodes' stands twice"),
-        ("- a\n", "site.yaml: must hold keys and values, found list"),
-    ],
-)
-def test_a_mistake_in_a_site_s_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    lines = Site(tmp_path, text).refusal()
-    assert any(line.replace(str(tmp_path / "site.yaml"), "site.yaml").startswith(message) for line in lines), lines
-
-
 def test_a_site_file_that_is_named_must_exist_and_an_empty_name_is_none(tmp_path: Path) -> None:
     request = Request(command=("date",))
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
