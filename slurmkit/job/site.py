@@ -46,7 +46,7 @@ class Rules(Section):
     defaults: dict[str, Any] = {}
     """Keys of a job, as in a project's file; the weakest layer."""
     lock: Names = ()
-    """Keys that keep the value of `defaults`, whatever a project, a user or a flag says."""
+    """Keys that keep the value of `defaults`, or stay unset, whatever a project, a user or a flag says."""
     require: Names = ()
     """Keys that every job must give."""
     limits: dict[str, Limit] = {}
@@ -232,13 +232,6 @@ def _problems(site: Site) -> Iterator[str]:
                     yield (
                         f"{rule[0]}: {key} is no key of a job ({site.place(*prefix, *rule)})"
                         + (f"; the nearest is {hint}" if hint else "")
-                    )
-            defaults = site.defaults(partition)
-            for index, key in enumerate(rules.lock):
-                if _get(defaults.data, key) is None and key != "templates":
-                    yield (
-                        f"lock: {key} has no value under defaults to be locked to "
-                        f"({site.place(*prefix, 'lock', str(index))})"
                     )
             for key, limit in rules.limits.items():
                 yield from _broken_limit(key, limit, site.place(*prefix, "limits", key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
@@ -60,6 +61,13 @@ def gpus_in_gres(gres: str) -> int:
         if kind == "gpu":
             total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
     return total
+
+
+def shell_word(value: str) -> str:
+    """One word of bash that stands for exactly this text, and that sbatch lets pass: it refuses scripts with \\r\\n."""
+    if "\r" not in value:
+        return shlex.quote(value)
+    return "$'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\r", "\\r") + "'"
 
 
 def _name(value: str) -> str:

@@ -142,6 +142,15 @@ def test_a_locked_key_cannot_be_taken_away_by_a_null(tmp_path: Path) -> None:
     ]
 
 
+def test_a_locked_key_without_a_default_stays_unset(tmp_path: Path) -> None:
+    site = Site(tmp_path, "lock: [reservation, sbatch]\n")
+    assert site.settle(nodes=2).spec.reservation is None
+    assert site.refusal(reservation="mine", sbatch__nice=1) == [
+        "reservation: 'mine' (command line: reservation) cannot be set: the site locks it (site.yaml:1)",
+        "sbatch: {'nice': 1} (command line: sbatch) cannot be set: the site locks it (site.yaml:1)",
+    ]
+
+
 def test_a_locked_section_locks_everything_in_it(tmp_path: Path) -> None:
     site = Site(tmp_path, "defaults: {ray: {num_cpus: 4}}\nlock: [ray]\n")
     assert site.refusal(ray__start_timeout=60)[0].startswith("ray: {'num_cpus': 4, 'start_timeout': 60}")
