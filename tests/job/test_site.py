@@ -147,7 +147,7 @@ def test_a_locked_key_without_a_default_stays_unset(tmp_path: Path) -> None:
     assert site.settle(nodes=2).spec.reservation is None
     assert site.refusal(reservation="mine", sbatch__nice=1) == [
         "reservation: 'mine' (command line: reservation) cannot be set: the site locks it (site.yaml:1)",
-        "sbatch: {'nice': 1} (command line: sbatch) cannot be set: the site locks it (site.yaml:1)",
+        "sbatch: {'nice': 1} (command line: sbatch.nice) cannot be set: the site locks it (site.yaml:1)",
     ]
 
 
