@@ -12,7 +12,7 @@ from parts import REPOSITORY
 
 PACKAGE = REPOSITORY / "slurmkit"
 HEAVY = {"torch", "ray", "vllm", "transformers", "wandb"}
-LOGIN_NODE = {"cli", "job", "slurm", "run", "config"}
+LOGIN_NODE = {"cli", "job", "slurm", "run", "config", "doctor"}
 TRAINER = {"grpo", "generation", "rollout", "envs"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -17,6 +17,7 @@ _COMMANDS = {
     "render": "Print or write the sbatch file that submit would submit.",
     "config": "Print the settled job, and where each value comes from.",
     "site": "Write and check the file that holds a site's defaults and rules.",
+    "doctor": "Check this machine, or nodes of a cluster, for what a job needs.",
 }
 
 
