@@ -31,8 +31,9 @@ _ASKED = frozenset(
     {"partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude", "exclusive", "gres", "time"}
     | {"gpus", "gpus-per-node", "cpus-per-task", "mem", "mem-per-cpu", "mem-per-gpu", "cpus-per-gpu", "switches"}
 )
-# Seconds from the first node's hello to the last one's, and to the last report: Ray's import may be slow.
-_HELLO, _REPORT = 30.0, 180.0
+# Seconds from the first node's hello to the last one's; from a node that cannot start; to the last report, in which
+# Ray's import may be slow.
+_HELLO, _LATE, _REPORT = 30.0, 3.0, 180.0
 _GRACE = 15.0
 
 Reports = dict[str, list[Finding]]
@@ -90,6 +91,7 @@ def examine(
     options = ["--overlap"] if here else ["--job-name=slurmkit-doctor", *asked]
     if not here and not any(option.startswith("--time=") for option in options):
         options.append("--time=10")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _folder(Path(subject.results)) as folder:
         on_node = replace(subject, on_node=True)
         command = [
@@ -169,7 +171,8 @@ def _converse(
     try:
         if not hear(wait, lambda: bool(heard.hello)):
             _explain(step.poll(), heard.said, nodes, wait)
-        hear(_HELLO, lambda: len(heard.hello) == nodes)
+        hear(_HELLO, lambda: len(heard.hello) == nodes or any("Exited with" in line for line in heard.said))
+        hear(_LATE, lambda: len(heard.hello) == nodes)
         tell(f"{len(heard.hello)} of {nodes} nodes answer: {', '.join(sorted(heard.hello, key=_natural))}")
         heard.asked = time.time()
         with suppress(BrokenPipeError):

@@ -33,7 +33,7 @@ def judge_skew(seconds: float, against: str) -> Finding:
 def container(subject: Subject) -> Finding | None:
     """The container runtime that jobs name is here."""
     found = [program for program in ("apptainer", "singularity", "podman") if shutil.which(program)]
-    if shutil.which("srun") and "--container-image" in ask("srun", "--help").stdout:
+    if shutil.which("srun") and "--container-image" in ask("srun", "--help", seconds=5).stdout:
         found.insert(0, "pyxis")
     runtime = subject.runtime
     told = f"{', '.join(found) or 'no runtime'} found; jobs use {runtime}"
@@ -93,6 +93,8 @@ def host_name(subject: Subject) -> Finding:
         seen[wanted] = sorted({line.split()[0] for line in done.stdout.splitlines() if line})
         slowest = max(slowest, (wanted, time.monotonic() - start), key=lambda pair: pair[1])
     advice = f"put {name} into /etc/hosts, or mend /etc/resolv.conf"
+    if shutil.which("getent") is None:
+        return Finding("warn", f"{name}; no getent here to look it up", "install glibc's getent")
     for wanted, addresses in seen.items():
         if not addresses:
             return Finding("fail", f"{wanted} has no address (after {slowest[1]:.2f} s)", advice)
@@ -271,7 +273,7 @@ def ray(subject: Subject) -> Finding | None:
         return Finding("fail", last_line(done), advice)
     version = done.stdout.strip().splitlines()[-1]
     found = f"{version}, imported in {seconds:.1f} s"
-    if not os.access(Path(subject.python).with_name("ray"), os.X_OK):
+    if shutil.which("ray", path=os.path.dirname(subject.python) or None) is None:
         return Finding("fail", f"{found}, but no ray command beside {subject.python}", "reinstall ray there", version)
     if seconds > 30:
         return Finding(
@@ -283,7 +285,7 @@ def ray(subject: Subject) -> Finding | None:
 @check("leftovers")
 def leftovers(_: Subject) -> Finding:
     """Nothing of our own dead jobs takes up /tmp or /dev/shm."""
-    alive, in_use = set(ask("squeue", "--me", "--noheader", "--format=%A").stdout.split()), set()
+    alive, in_use = set(ask("squeue", "--me", "--noheader", "--format=%A", seconds=5).stdout.split()), set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environment = (process / "environ").read_bytes().split(b"\0")

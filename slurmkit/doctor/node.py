@@ -37,11 +37,13 @@ def main(subject: Subject, folder: Path) -> None:
     with socket.create_server(("", 0), backlog=1024) as server:
         threading.Thread(target=_greet, args=(server, name), daemon=True).start()
         written = _write(folder / name)
-        _say(name, hello=[_own_address(), server.getsockname()[1]], nodes=os.environ["SLURM_JOB_NODELIST"])
+        hello = [_own_address(), server.getsockname()[1], written is None]
+        _say(name, hello=hello, nodes=os.environ["SLURM_JOB_NODELIST"])
         select.select([sys.stdin], [], [])
         _say(name, clock=time.time())
-        others: dict[str, tuple[str, int]] = json.loads(sys.stdin.readline() or "{}")
-        for finding in (written or _look_for(folder, list(others)), _reach(others), *CHECKS.run(subject)):
+        others: dict[str, tuple[str, int, bool]] = json.loads(sys.stdin.readline() or "{}")
+        files = [other for other, (_, _, wrote) in others.items() if wrote]
+        for finding in (written or _look_for(folder, files), _reach(others), *CHECKS.run(subject)):
             _say(name, finding=asdict(finding))
         _say(name, done=True)
         sys.stdin.read()
@@ -93,7 +95,7 @@ def _shared(result: Any, found: str) -> Finding:
     return Finding(result, found, advice, what="shared directory")
 
 
-def _reach(others: dict[str, tuple[str, int]]) -> Finding:
+def _reach(others: dict[str, tuple[str, int, bool]]) -> Finding:
     with ThreadPoolExecutor(min(64, len(others) + 1)) as pool:
         answers = list(pool.map(_call, others, others.values()))
     wrong = [answer for answer in answers if answer]
@@ -104,8 +106,8 @@ def _reach(others: dict[str, tuple[str, int]]) -> Finding:
     return finding
 
 
-def _call(name: str, place: tuple[str, int]) -> str:
-    address, port = place
+def _call(name: str, place: tuple[str, int, bool]) -> str:
+    address, port, _ = place
     try:
         with socket.create_connection((address, port), timeout=_CONNECT) as connection:
             answer = connection.recv(256).decode(errors="replace")

@@ -50,7 +50,9 @@ def commands(_: Subject) -> Finding:
         return Finding("warn", "no Slurm here", "slurmkit run trains here; to submit, use a login node of a cluster")
     if missing:
         return Finding("fail", f"{', '.join(missing)} not on PATH", "load your site's Slurm module, or extend PATH")
-    return Finding("ok", f"{ask('sbatch', '--version').stdout.strip()} ({shutil.which('sbatch')})")
+    return Finding(
+        "ok", f"{ask('sbatch', '--version', seconds=5).stdout.strip() or 'version unknown'} ({shutil.which('sbatch')})"
+    )
 
 
 @cache
