@@ -391,13 +391,18 @@ def test_an_interrupted_doctor_takes_its_request_back(
     assert list(shared_path.iterdir()) == []
 
 
-def test_inside_an_allocation_its_own_nodes_are_checked(cluster: Cluster, shared_path: Path) -> None:
-    inside = [SLURMKIT, "doctor", "--json", "-N", "2"]
+def test_inside_an_allocation_its_own_nodes_are_checked_beside_what_runs_there(
+    cluster: Cluster, shared_path: Path
+) -> None:
+    script = (
+        "srun --exact sleep 300 & until squeue -s -h -j $SLURM_JOB_ID | grep -q sleep; do sleep 0.1; done\n"
+        '"$1" doctor --json -N 2; kill %1'
+    )
     done = subprocess.run(
-        ["salloc", "-Q", "-N", "2", "--nodelist=node[2-3]", *inside],
+        ["salloc", "-Q", "-N", "2", "--nodelist=node[2-3]", "bash", "-mc", script, "bash", SLURMKIT],
         cwd=shared_path, env=cluster.environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert list(json.loads(done.stdout)["nodes"]) == ["node2", "node3"]
+    assert list(json.loads(done.stdout)["nodes"]) == ["node2", "node3"], done.stderr
 
 
 @pytest.mark.parametrize(
