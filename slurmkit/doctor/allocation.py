@@ -26,10 +26,11 @@ from slurmkit.doctor.queue import controller
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm.command import submission_environment
 
-# What a job asks for and srun knows too; the rest of sbatch's options is about the script.
+# What a job asks for and srun knows too; the rest of sbatch's options is about the script or the queue.
 _ASKED = frozenset(
-    {"partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude", "exclusive", "gres", "time"}
-    | {"gpus", "gpus-per-node", "cpus-per-task", "mem", "mem-per-cpu", "mem-per-gpu", "cpus-per-gpu", "switches"}
+    {"partition", "account", "qos", "reservation", "constraint", "prefer", "nodelist", "exclude", "exclusive", "gres"}
+    | {"gpus", "gpus-per-node", "cpus-per-task", "cpus-per-gpu", "mem", "mem-per-cpu", "mem-per-gpu", "switches"}
+    | {"comment", "licenses", "gres-flags", "contiguous", "segment", "tmp"}
 )
 # Seconds from the first node's hello to the last one's; from a node that cannot start; to the last report, in which
 # Ray's import may be slow.
@@ -88,9 +89,8 @@ def examine(
         raise Failure(f"Slurm does not answer: {answer.found} ({answer.advice})")
     here = "SLURM_JOB_ID" in os.environ
     asked = [f"--{key}" + ("" if value is None else f"={value}") for key, value in directives if key in _ASKED]
-    options = ["--overlap"] if here else ["--job-name=slurmkit-doctor", *asked]
-    if not here and not any(option.startswith("--time=") for option in options):
-        options.append("--time=10")
+    # Not the job's time limit: a short job starts earlier.
+    options = ["--overlap"] if here else ["--job-name=slurmkit-doctor", "--time=10", *asked]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _folder(Path(subject.results)) as folder:
         on_node = replace(subject, on_node=True)

@@ -195,13 +195,11 @@ def test_a_broken_check_is_a_warning_and_the_others_go_on() -> None:
 
 
 def test_a_command_that_hangs_is_given_up_and_so_is_its_child() -> None:
-    start = time.monotonic()
-    done = ask("bash", "-c", "sleep 98765 & wait", seconds=0.5)
+    start, child = time.monotonic(), f"sleep {10**6 + os.getpid()}"
+    done = ask("bash", "-c", f"{child} & wait", seconds=0.5)
     assert (done.returncode, done.stderr) == (124, "bash gave no answer within 0.5 s")
     assert time.monotonic() - start < 20
-    wait_until(
-        lambda: "sleep 98765" not in subprocess.check_output(["ps", "-eo", "args"], text=True), "it has ended", 5
-    )
+    wait_until(lambda: child not in subprocess.check_output(["ps", "-eo", "args"], text=True), "it has ended")
 
 
 # ---- nodes
@@ -218,8 +216,8 @@ def test_healthy_nodes_are_counted_and_leave_no_job_and_no_file(cluster: Cluster
     ):
         assert line in done.stdout
     assert list(shared_path.iterdir()) == []
-    jobs = cluster.ask("sacct", "-X", "-n", "-P", "-o", "JobName,Partition,NNodes,State").split()
-    assert "slurmkit-doctor|high|4|COMPLETED" in jobs
+    recorded = "sacct", "-X", "-n", "-P", "-o", "JobName,Partition,NNodes,State"
+    wait_until(lambda: "slurmkit-doctor|high|4|COMPLETED" in cluster.ask(*recorded).split(), "it is accounted for")
 
 
 def test_gpus_that_slurm_allocated_and_nobody_sees_fail(cluster: Cluster, shared_path: Path) -> None:
