@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from slurmkit.config.section import Section
+from slurmkit.job.container import Container
 from slurmkit.job.values import (
     AbsolutePath,
     Array,
@@ -44,13 +45,6 @@ def _option(option: str) -> str:
 
 
 Option = Annotated[str, AfterValidator(_option)]
-
-
-class Container(Section):
-    """What the job's processes run in."""
-
-    runtime: Literal["none"] = "none"
-    """`none`: straight on the node. Each further runtime is one file in templates/container/."""
 
 
 class RayOptions(Section):
@@ -185,6 +179,12 @@ class JobSpec(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _container_sees_the_job(self) -> JobSpec:
+        if self.container.runtime != "none":
+            self.container.binds(self.run_dir, self.workdir)
+        return self
+
     def directives(self) -> Iterator[tuple[str, str | None]]:
         """sbatch's options in the order in which they are rendered; None marks an option without a value."""
         for key in DIRECTIVES:
@@ -212,6 +212,17 @@ class JobSpec(Section):
             return gpus_of(self.gpus)
         per_node = gpus_of(self.gpus_per_node) if self.gpus_per_node else gpus_in_gres(self.gres or "")
         return per_node * self.nodes
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether the job asks for GPUs or parts of them, in whatever form."""
+        raw = any(option.startswith("gpus") for option in self.sbatch)
+        return self.total_gpus > 0 or "shard" in (self.gres or "") or raw
+
+    @property
+    def names_of_environment(self) -> list[str]:
+        """The job's own variables, which must reach the inside of a container."""
+        return sorted({*self.env, *getattr(self, "secrets", ())})
 
     @property
     def gpu_hours(self) -> float | None:

@@ -198,7 +198,7 @@ def test_every_environment_value_arrives_as_typed(value: str) -> None:
         ({"nodes": True}, "valid integer"),
         ({"run_dir": "relative"}, "not an absolute path"),
         ({"run_dir": "/a\\b"}, "backslash"),
-        ({"container": {"runtime": "docker"}}, "'none'"),
+        ({"container": {"runtime": "Docker"}}, "should match pattern"),
         ({"ray": {"num_cpus": 0}}, "greater than or equal to 1"),
     ],
 )
