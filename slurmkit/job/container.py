@@ -98,7 +98,7 @@ class Container(Section):
                 raise ValueError(f"{' and '.join(given)} need a container: give runtime (pyxis, apptainer or podman)")
             return self
         if self.image is None:
-            raise ValueError(f"image is missing: the runtime {self.runtime} needs one")
+            raise ValueError(f"image is missing: container.runtime {self.runtime} needs one")
         problem = _misread(self.runtime, self.image)
         if problem:
             raise ValueError(f"image {self.image!r}: {problem}")
@@ -107,7 +107,7 @@ class Container(Section):
                 f"name ({self.name}): {self.runtime} cannot start a kept container with another job's mounts; leave "
                 "it out, and build what should stay into the image or mount a folder for it"
             )
-        targets = [mount.target for mount in self.mounts]
+        targets = [mount.target for mount in dict.fromkeys(self.mounts)]  # a site may add what a job already has
         twice = [target for target in targets if targets.count(target) > 1]
         if twice:
             raise ValueError(f"mounts: two of them at {twice[0]}")

@@ -103,7 +103,8 @@ def test_the_run_directory_the_workdir_and_tmp_are_mounted_each_after_what_it_li
     job = spec({"runtime": runtime, "image": IMAGES[runtime], "mounts": ["/w/results:/w/results:ro", "/deep/a:/b"]})
     mounts = [str(mount) for mount in job.container.binds(job.run_dir, job.workdir)]
     assert mounts == ["/deep/a:/b", "/tmp:/tmp", "/w:/w", "/w/results:/w/results:ro", "/w/results/t:/w/results/t"]
-    elsewhere = spec({"runtime": runtime, "image": IMAGES[runtime], "workdir": "/app", "mounts": ["/local:/tmp"]})
+    twice = ["/local:/tmp", "/local:/tmp:rw"]
+    elsewhere = spec({"runtime": runtime, "image": IMAGES[runtime], "workdir": "/app", "mounts": twice})
     mounts = [str(mount) for mount in elsewhere.container.binds(elsewhere.run_dir, elsewhere.workdir)]
     assert mounts == ["/local:/tmp", "/w/results/t:/w/results/t"]
 
@@ -134,6 +135,11 @@ def test_the_environment_is_passed_by_name_and_no_value_stands_in_an_argument(ru
         assert value_of("--container-env", arguments) == ["CANARY,SK_A,RAY_B"]
     elif runtime == "podman":
         assert {"CANARY", "SLURM*", "SK_*", "RAY_*"} < set(value_of("--env", arguments))
+
+
+def test_a_named_container_is_never_entered_while_another_job_runs_in_it() -> None:
+    arguments = words(spec({"runtime": "pyxis", "image": "i", "name": "kept"}))
+    assert value_of("--container-name", arguments) == ["kept:no_exec"]
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -169,7 +175,7 @@ NO_IMAGE = {"runtime": "podman", "image": "i"}
         ({"runtime": "../x"}, "should match pattern"),
         ({"image": "/a.sqsh"}, "image need a container: give runtime"),
         ({"mounts": ["/a"], "name": "x"}, "mounts and name need a container"),
-        ({"runtime": "pyxis"}, "image is missing: the runtime pyxis needs one"),
+        ({"runtime": "pyxis"}, "image is missing: container.runtime pyxis needs one"),
         ({"runtime": "podman", "image": ""}, "is empty"),
         ({"runtime": "podman", "image": "a\nb"}, "line break"),
         ({"runtime": "podman", "image": "a b"}, "neither an absolute path nor an image's name"),

@@ -53,6 +53,7 @@ tries() { if : 2>/dev/null >"$1"; then echo written; else echo refused; fi; }
   say odd "$(printf %s "$ODD" | od -An -tx1 | tr -d ' \n')"
   say pyxis "${PYXIS_CONTAINER_IMAGE-none}"
   say umask "$(umask)"
+  say shm "$(df --output=size -k /dev/shm | tail -n 1 | tr -d ' ')"
 } >"$SK_ATTEMPT_DIR/facts.$SLURMD_NODENAME"
 """
 COUNT = """
@@ -243,6 +244,7 @@ def test_on_two_nodes_ray_and_the_command_run_inside_and_see_the_image_the_mount
             "odd": ODD.encode().hex(),
             "pyxis": "none",
             "umask": "0077",
+            "shm": str(4 << 20),
         }
     job_id = json.loads((work / "results/t/run.json").read_text())["attempts"][0]["job_id"]
     assert " ExitCode=7:0 " in machines.cluster.ask("scontrol", "-o", "show", "job", job_id)
@@ -259,6 +261,23 @@ def test_scancel_ends_what_runs_inside_and_leaves_nothing(machines: Machines, he
     wait_until(lambda: is_over(machines), "the job ends")
     wait_until(lambda: machines.left() == [], "nothing is left", 30)
     assert "ended by Slurm" in next((here / "results/t").glob("slurm-*.out")).read_text()
+
+
+@pytest.mark.parametrize("runtime", ["pyxis", "podman"])
+def test_no_process_outlives_a_step_that_slurm_kills(machines: Machines, here: Path, runtime: str) -> None:
+    job = {"nodelist": "node1", "container": machines.container(runtime)}
+    job["setup"] = ["(setsid sleep 300 &)", "touch up", "sleep 300"]
+    done = machines.submit(here, job, "job.yaml", "--", "true")
+    wait_for(machines, here / "up", done)
+    machines.cluster.ask("scancel", "--name", "t", "--signal", "KILL")
+    wait_until(lambda: is_over(machines), "the job ends")
+    wait_until(
+        lambda: not [line for line in machines.left() if "sleep" in line or "conmon" in line], "all are dead", 30
+    )
+    # What nothing could clean up after that: a folder, and podman's record of the container.
+    store = " ".join(f"{name}={value}" for name, value in machines.podman_env.items())
+    machines.cluster.on_node("node1", "sh", "-c", f"rm -rf /tmp/sk-*; {store} podman rm --all --force")
+    assert machines.left() == []
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "podman"])
