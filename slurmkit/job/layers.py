@@ -14,6 +14,7 @@ from typing import Any
 from slurmkit.config.source import Source, merge, parse_value, put, read_yaml
 from slurmkit.config.validate import known_keys, nearest, origin_of
 from slurmkit.errors import UserError
+from slurmkit.job.container import expand_places
 from slurmkit.job.spec import JobSpec
 
 PROJECT_FILE = "slurmkit.yaml"
@@ -64,21 +65,26 @@ def read_layers(run_file: Path | None, directory: Path, environ: Mapping[str, st
 
 def _read(path: Path) -> Source:
     source = read_yaml(path)
-    anchor_paths(source.data, path.absolute().parent)
+    anchor_paths(source.data, path.absolute().parent, str(path))
     profiles = source.data.get("profiles")
     for profile in profiles.values() if isinstance(profiles, dict) else ():
         if isinstance(profile, dict):
-            anchor_paths(profile, path.absolute().parent)
+            anchor_paths(profile, path.absolute().parent, str(path))
     return source
 
 
-def anchor_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make the paths of a file's keys relative to that file."""
+def anchor_paths(data: dict[str, Any], folder: Path, where: str) -> None:
+    """Make the paths of a file's keys relative to that file. UserError names a variable that is not set."""
     for key in _PATHS:
         value = data.get(key)
         # A bare interpreter name is looked up on PATH.
         if isinstance(value, str) and (key != "python" or "/" in value):
             data[key] = absolute(value, folder)
+    if isinstance(data.get("container"), dict):
+        try:
+            data["container"] = expand_places(data["container"], os.environ, str(folder))
+        except ValueError as error:
+            raise UserError(f"container: {error} ({where})") from None
 
 
 def absolute(path: str, directory: Path) -> str:
@@ -107,7 +113,7 @@ def from_environment(environ: Mapping[str, str]) -> Source:
         except ValueError:
             value = text
         put(source, key, value, f"environment: {name}")
-    anchor_paths(source.data, Path.cwd())
+    anchor_paths(source.data, Path.cwd(), "environment")
     return source
 
 

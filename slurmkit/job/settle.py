@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from slurmkit.config.source import Source, merge, put
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
-from slurmkit.job.layers import Layer, absolute, profile_layer, read_layers, site_file
+from slurmkit.job.layers import Layer, absolute, anchor_paths, profile_layer, read_layers, site_file
 from slurmkit.job.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def _layers(request: Request, directory: Path, environ: Mapping[str, str], site:
         put(flags, ("command",), list(request.command), "command line")
     if request.config is not None:
         put(flags, ("config",), str(request.config), "command line: config")
+    anchor_paths(flags.data, directory, "command line")
     yield Layer("command line", None, flags)
 
 

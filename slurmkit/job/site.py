@@ -17,6 +17,7 @@ from slurmkit.config.section import Section
 from slurmkit.config.source import Key, Source, merge, put, read_yaml
 from slurmkit.config.validate import known_keys, nearest, origin_of, validate
 from slurmkit.errors import UserError
+from slurmkit.job.container import Mount, expand_places
 from slurmkit.job.layers import EXTRA_KEYS, absolute, anchor_paths
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.values import Word, gpus_in_gres, gpus_of, megabytes_of, minutes_of
@@ -133,12 +134,14 @@ class Site:
             ("epilogue", "epilogue", False),
             ("mounts", "container.mounts", False),
         ):
-            added = getattr(add, key)
+            added = self._added_mounts() if key == "mounts" else getattr(add, key)
             if not added or (key == "mounts" and _get(source.data, "container.runtime") in (None, "none")):
                 continue
             own = _get(source.data, inner) or []
             both = [*added, *own] if first else [*own, *added]
-            put(source, tuple(inner.split(".")), both, self.place("add", key))
+            place = origin_of(source, tuple(inner.split("."))) if own else None
+            place = f"{place} and {self.place('add', key)}" if place else self.place("add", key)
+            put(source, tuple(inner.split(".")), both, place)
 
     def locks_and_requirements(self, merged: Source) -> Iterator[str]:
         """A refusal for each locked key that another layer changed, and for each required one that none gives."""
@@ -160,6 +163,8 @@ class Site:
     def refusals(self, spec: JobSpec, source: Source) -> Iterator[str]:
         """A refusal for each limit that a job breaks, and for each forbidden variable."""
         yield from _limit_refusals(self, spec, source)
+        if spec.container.runtime != "none":
+            yield from self._forbidden_mounts(spec, source)
         own_env = {name: value for name, value in spec.env.items() if name not in self.rules.add.env}
         for index, pattern in enumerate(self.rules.forbid.env):
             for name in own_env:
@@ -169,19 +174,29 @@ class Site:
                         f"({self.place('forbid', 'env', str(index))})"
                     )
 
-    def forbidden_mounts(self, spec: JobSpec, sources: list[tuple[str, str | None]]) -> Iterator[str]:
-        """Refusals for the mounts of a job: pairs of a host path and its origin."""
+    def _forbidden_mounts(self, spec: JobSpec, source: Source) -> Iterator[str]:
+        added = {"/tmp", *(Mount.model_validate(text).source for text in self._added_mounts())}
+        origin = origin_of(source, ("container", "mounts"))
         for index, folder in enumerate(self.rules.forbid.mounts):
-            forbidden = os.path.realpath(os.path.expandvars(folder))
-            for path, origin in sources:
-                real = os.path.realpath(path)
-                if os.path.commonpath([real, forbidden]) in (real, forbidden):
-                    yield (
-                        f"container.mounts: {path}"
-                        + (f" ({origin})" if origin else "")
-                        + f" cannot be mounted: the site "
-                        f"forbids {folder} ({self.place('forbid', 'mounts', str(index))})"
-                    )
+            forbidden = os.path.realpath(os.path.expanduser(os.path.expandvars(folder)))
+            for mount in spec.container.binds(spec.run_dir, spec.workdir):
+                real = os.path.realpath(mount.source)
+                if mount.source in added or os.path.commonpath([real, forbidden]) not in (real, forbidden):
+                    continue
+                implicit = {spec.run_dir: "the run directory", spec.workdir: "workdir"}
+                place = implicit.get(mount.source, origin)
+                yield (
+                    f"container.mounts: {mount.source} ({place}) cannot be mounted: the site forbids {folder} "
+                    f"({self.place('forbid', 'mounts', str(index))})"
+                )
+
+    def _added_mounts(self) -> list[str]:
+        written = {"mounts": list(self.rules.add.mounts)}
+        try:
+            expanded: list[str] = expand_places(written, os.environ, str(self.path.absolute().parent))["mounts"]
+        except ValueError as error:
+            raise UserError(f"add.mounts: {error} ({self.place('add', 'mounts')})") from None
+        return expanded
 
     @property
     def templates(self) -> Path | None:
@@ -197,7 +212,7 @@ def read_site(path: Path) -> Site:
     rules = validate(SiteFile, source)
     folder = path.absolute().parent
     for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
-        anchor_paths(data, folder)
+        anchor_paths(data, folder, str(path))
     site = Site(path, rules, Source(rules.model_dump(), source.origins))
     # Only whole rules can be held against the site's own defaults.
     problems = list(_problems(site)) or [

@@ -221,3 +221,42 @@ def test_a_drafted_site_file_passes_lint_and_holds_what_the_cluster_said(tmp_pat
     assert site.rules.partitions["mixed: #1"].limits["nodes"].max == 8
     assert "DRAIN, 20 nodes: 16 to 64 CPUs, 64000 to 512000 MB, gpu:a100:4, gpu:h100:8" in path.read_text()
     assert "pyxis is not installed" in path.read_text()
+
+
+@pytest.fixture
+def in_a_container(tmp_path: Path) -> Site:
+    for name in ("data", "home", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    text = f"""\
+defaults: {{container: {{runtime: podman, image: {tmp_path}}}, results_dir: {tmp_path}/work, workdir: {tmp_path}/work}}
+forbid:
+  mounts:
+  - {tmp_path}/home
+add: {{mounts: ["./data:/data"]}}
+"""
+    return Site(tmp_path, text)
+
+
+def test_a_site_s_mounts_are_in_every_container(in_a_container: Site) -> None:
+    folder = in_a_container.folder
+    spec = in_a_container.settle(container__mounts=["./work:/w:ro"]).spec
+    assert [str(mount) for mount in spec.container.mounts] == [f"{folder}/work:/w:ro", f"{folder}/data:/data"]
+    assert in_a_container.settle(container={"runtime": "none", "image": None}).spec.container.mounts == ()
+
+
+@pytest.mark.parametrize("source", ["home", "home/deep", "link", "."])
+def test_a_forbidden_folder_is_not_mounted_nor_what_lies_in_it_nor_what_holds_it(
+    in_a_container: Site, source: str
+) -> None:
+    folder = in_a_container.folder
+    path = folder if source == "." else folder / source
+    assert in_a_container.refusal(container__mounts=[f"{path}:/x"]) == [
+        f"container.mounts: {path} (command line: container.mounts and site.yaml:5) cannot be mounted: the site "
+        f"forbids {folder}/home (site.yaml:4)"
+    ]
+
+
+def test_a_forbidden_working_directory_is_not_mounted_either(in_a_container: Site) -> None:
+    home = in_a_container.folder / "home"
+    assert in_a_container.refusal(workdir=str(home))[0].startswith(f"container.mounts: {home} (workdir) cannot be")
