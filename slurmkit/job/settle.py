@@ -62,6 +62,9 @@ class Settled:
     config_origins: dict[str, str] = field(default_factory=dict)
     """Where each dotted key of the training configuration was set; a key that is not here has its default."""
 
+    committed_only: str | None = None
+    """The site's rule that only committed files can be submitted, where it has one."""
+
     @property
     def identity(self) -> dict[str, str]:
         """What makes two submissions attempts of the same run: the digest of what runs."""
@@ -119,6 +122,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         tuple(dict.fromkeys(path.absolute() for path in files)),
         train,
         config_origins,
+        site.place("require_committed") if site is not None and site.rules.require_committed else None,
     )
 
 
