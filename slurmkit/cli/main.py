@@ -18,6 +18,8 @@ _COMMANDS = {
     "config": "Print the settled job, and where each value comes from.",
     "site": "Write and check the file that holds a site's defaults and rules.",
     "doctor": "Check this machine, or nodes of a cluster, for what a job needs.",
+    "check": "Tell whether written sbatch files are still what rendering makes of their sources.",
+    "verify": "Compare a job's script in Slurm with the files on disk and in git.",
 }
 
 

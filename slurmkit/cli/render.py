@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import settle
-from slurmkit.run.directory import write_beside
+from slurmkit.run.directory import write_together
 
 
 @click.command("render", cls=JobCommand)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the file here instead of printing it.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write FILE.sbatch, and FILE.json with what it was made from, instead of printing.",
+)
 @job_options(slurm=True)
 @click.pass_context
 def command(context: click.Context, /, out: Path | None, words: tuple[str, ...], **options: Any) -> None:
@@ -23,6 +30,12 @@ def command(context: click.Context, /, out: Path | None, words: tuple[str, ...],
     script = render(settled.spec, settled.templates)
     if out is None:
         click.echo(script, nl=False)
-    else:
-        write_beside(out, script)
-        click.echo(f"wrote {out}", err=True)
+        return
+    from slurmkit.job import audit
+
+    if out.suffix != ".sbatch":
+        raise UserError(f"--out {out}: must end in .sbatch; its record is written beside it, with .json in that place")
+    again = audit.command_line(sys.argv[1:], os.environ)
+    sidecar = audit.sidecar_of(out)
+    write_together({out: script, sidecar: audit.record(settled, script, out, Path.cwd(), again)})
+    click.echo(f"wrote {out} and {sidecar}", err=True)

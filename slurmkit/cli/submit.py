@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import settle
 from slurmkit.report.terminal import RunProgress
@@ -25,12 +26,33 @@ _NO_OUTPUT = 53
 @click.command("submit", cls=JobCommand)
 @click.option("--dry-run", is_flag=True, help="Do everything but submit; print the file and change nothing on disk.")
 @click.option("--wait", is_flag=True, help="Stay until the job has ended, and exit with its code.")
+@click.option("--require-committed", is_flag=True, help="Refuse a rendered file that is not as git has it.")
 @job_options(slurm=True)
 @click.pass_context
-def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[str, ...], **options: Any) -> None:
-    """Render one sbatch file, submit it, and say how to follow it."""
-    settled = settle(request_from(context, words, options), Path.cwd())
-    script = render(settled.spec, settled.templates)
+def command(
+    context: click.Context,
+    /,
+    dry_run: bool,
+    wait: bool,
+    require_committed: bool,
+    words: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Render one sbatch file, submit it, and say how to follow it. A rendered file (X.sbatch) is submitted as it is."""
+    request = request_from(context, words, options)
+    if request.run_file is not None and request.run_file.suffix == ".sbatch":
+        from slurmkit.run.committed import read_committed
+
+        settled, script, provenance = read_committed(request, require_committed)
+    else:
+        settled, provenance = settle(request, Path.cwd()), {}
+        rule = "--require-committed" if require_committed else settled.committed_only
+        if rule is not None:
+            raise UserError(
+                f"only a rendered file that is committed can be submitted ({rule}): slurmkit render … --out X.sbatch, "
+                "commit it with the X.json beside it, slurmkit submit X.sbatch"
+            )
+        script = render(settled.spec, settled.templates)
     client = CommandClient()
     if dry_run:
         queue.check(settled, script, client)
@@ -40,7 +62,7 @@ def command(context: click.Context, /, dry_run: bool, wait: bool, words: tuple[s
             err=True,
         )
         return
-    job = queue.submit(settled, script, client)
+    job = queue.submit(settled, script, client, provenance)
     click.echo(f"job            {job.job_id}")
     click.echo(f"rendered file  {job.script}")
     click.echo(f"run directory  {job.run_dir}")

@@ -62,6 +62,9 @@ class Settled:
     config_origins: dict[str, str] = field(default_factory=dict)
     """Where each dotted key of the training configuration was set; a key that is not here has its default."""
 
+    committed_only: str | None = None
+    """The site's rule that only committed files can be submitted, where it has one."""
+
     @property
     def identity(self) -> dict[str, str]:
         """What makes two submissions attempts of the same run: the digest of what runs."""
@@ -119,6 +122,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         tuple(dict.fromkeys(path.absolute() for path in files)),
         train,
         config_origins,
+        site.place("require_committed") if site is not None and site.rules.require_committed else None,
     )
 
 
@@ -251,6 +255,7 @@ def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]
 
 def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> tuple[TrainConfig, dict[str, str]]:
     """The training configuration with what the job already says about nodes and places filled in."""
+    from slurmkit.config.compact import compact_yaml
     from slurmkit.config.load import read_config
     from slurmkit.config.schema import TrainConfig
 
@@ -277,20 +282,11 @@ def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> 
             settled["data"][name]["data_path"] = path
     train = validate(TrainConfig, Source(settled, read.origins))
     put(source, ("run_dir",), run_dir, read.origins.get(("checkpointing", "checkpoint_dir"), "results_dir and name"))
-    put(source, ("config",), _as_yaml(train), f"{config}")
+    put(source, ("config",), compact_yaml(train.model_dump(mode="json")), f"{config}")
     command = [source.data["python"], "-m", "slurmkit.grpo", f"--config={run_dir}/config.yaml"]
     put(source, ("command",), command, "slurmkit's trainer")
     origins = {".".join(key): place for key, place in read.origins.items()}
     return train, origins
-
-
-def _as_yaml(train: TrainConfig) -> str:
-    import yaml
-
-    # Innermost groups on one line each: complete, and still short enough to read in the script.
-    return yaml.safe_dump(
-        train.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-    )
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

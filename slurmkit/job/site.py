@@ -89,6 +89,8 @@ class SiteFile(Rules):
     """Named sets of keys, chosen with --profile."""
     templates: str | None = None
     """A folder of templates that extend or replace ours, relative to this file."""
+    require_committed: bool = False
+    """Only rendered files that are committed to git can be submitted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,33 @@ from slurmkit.errors import Failure, UserError
 
 def write_beside(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    write_together({path: text})
+
+
+def write_together(files: Mapping[Path, str]) -> None:
+    """Write several files as `write_beside` does one; where one cannot be written, none is changed."""
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    kept = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in files}
+    done: list[Path] = []
+    path = next(iter(files))
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        for path, text in files.items():
+            beside[path].write_text(text, encoding="utf-8")
+        for path in files:
+            if len(files) > 1 and path.is_file():
+                kept[path].write_bytes(path.read_bytes())
+            os.replace(beside[path], path)
+            done.append(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        for written in done:
+            if kept[written].exists():
+                os.replace(kept[written], written)
+            else:
+                written.unlink()
         raise Failure(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        for left in (*beside.values(), *kept.values()):
+            left.unlink(missing_ok=True)
 
 
 class RunDirectory:

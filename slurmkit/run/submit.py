@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.job.render import digest_of_spec
@@ -32,8 +33,11 @@ class Submitted:
         return self.run_dir / f"slurm-{self.job_id}.out"
 
 
-def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
-    """Write the run directory, submit, compare, record. A refused submission leaves nothing behind."""
+def submit(settled: Settled, script: str, client: SlurmClient, provenance: Mapping[str, Any] = {}) -> Submitted:
+    """Write the run directory, submit, compare, record. A refused submission leaves nothing behind.
+
+    `provenance` is recorded with the attempt.
+    """
     spec = settled.spec
     directory = check(settled, script, client)
     directory.prepare({"job.sbatch": script})
@@ -43,7 +47,8 @@ def submit(settled: Settled, script: str, client: SlurmClient) -> Submitted:
     except BaseException:
         directory.undo()
         raise
-    directory.add_attempt(settled.identity, {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}"})
+    attempt = {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}", **provenance}
+    directory.add_attempt(settled.identity, attempt)
     try:
         stored = client.script_of(job_id)
     except Failure as error:

@@ -1,0 +1,29 @@
+"""slurmkit verify"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from slurmkit.job.check import diff_of
+from slurmkit.run import verify
+from slurmkit.slurm.command import CommandClient
+
+
+@click.command("verify")
+@click.argument("job_id", metavar="JOBID")
+def command(job_id: str) -> None:
+    """Compare a job's script in Slurm with the files on disk and in git.
+
+    Exit code: 0 all are the same, 1 one differs or is missing, 2 there is nothing to compare.
+    """
+    script = verify.stored_script(job_id, CommandClient())
+    places = list(verify.places(job_id, script))
+    click.echo(f"job {job_id}, as Slurm stores it, and")
+    for place in places:
+        click.echo(f"{place.verdict:<9}{place.name}")
+    for place in places:
+        if place.verdict == "differs" and place.text is not None:
+            click.echo(diff_of(script, place.text, f"job {job_id}", place.name), nl=False)
+    sys.exit(any(place.verdict != "same" for place in places))

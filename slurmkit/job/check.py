@@ -1,0 +1,78 @@
+"""Whether committed files are still what rendering makes of their sources."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurmkit import __version__
+from slurmkit.job.audit import HEAD_BYTES, RenderedFile, digest_of, header_of, sidecar_of
+from slurmkit.job.render import digest_of_templates, render
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What `check` found out about one file."""
+
+    problems: tuple[str, ...]
+    """Why it no longer is what rendering makes of its sources."""
+    notices: tuple[str, ...]
+    """What this machine cannot know."""
+    diff: str
+    """From the file to what would be rendered today."""
+
+
+def check(rendered: RenderedFile) -> Checked:
+    """Render again from the recorded spec with the templates of today, and compare."""
+    sidecar = rendered.sidecar
+    problems = list(rendered.edits())
+    version, _, templates = header_of(rendered.data) or ("", "", "")
+    if __version__ not in (version, sidecar.slurmkit):
+        problems.append(f"slurmkit {version} rendered it, this is {__version__}")
+    if digest_of_templates(rendered.folders) != templates:
+        problems.append("the templates have changed since")
+    today = render(rendered.spec, rendered.folders)
+    diff = diff_of(rendered.data, today.encode(), str(rendered.path), f"{rendered.path} rendered today")
+    if diff and not problems:
+        problems.append("it is rendered to other bytes today")
+    notices: list[str] = []
+    for path, digest in sidecar.sources.items():
+        now = digest_of(rendered.absolute(path))
+        if now != digest:
+            where = os.path.relpath(rendered.absolute(path)) if not os.path.isabs(path) else path
+            what = f"{where} {'has changed since' if now else 'is not there any more'}"
+            (notices if os.path.isabs(path) else problems).append(what)
+    return Checked(tuple(problems), tuple(notices), diff)
+
+
+def diff_of(before: bytes, after: bytes, name_before: str, name_after: str) -> str:
+    """A unified diff, or nothing where both are the same bytes."""
+    if before == after:
+        return ""
+    old, new = (data.decode(errors="backslashreplace").splitlines(keepends=True) for data in (before, after))
+    lines = difflib.unified_diff(old, new, name_before, name_after)
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def rendered_below(folder: Path) -> Iterator[Path]:
+    """Every *.sbatch that slurmkit rendered, in order. Run directories, which hold a run.json, are not entered."""
+    for parent, folders, files in os.walk(folder):
+        if "run.json" in files:
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(parent, name)
+            if name.endswith(".sbatch") and (sidecar_of(path).exists() or _is_ours(path)):
+                yield path
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return header_of(file.read(HEAD_BYTES)) is not None
+    except OSError:
+        return False
