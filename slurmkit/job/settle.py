@@ -232,13 +232,19 @@ def _fill_in(source: Source, request: Request, config: Path | None, directory: P
     for key, value in (
         ("name", _default_name(config, request, data)),
         # The submitting interpreter; inside a container only the image knows where its own is.
-        ("python", "python3" if inside else sys.executable),
+        ("python", "python3" if inside else _interpreter()),
         ("workdir", str(directory)),
     ):
         if data.get(key) is None:
             put(source, (key,), value, "default")
     if data.get("run_dir") is None:
         put(source, ("run_dir",), str(results_dir / str(data["name"])), "results_dir and name")
+
+
+def _interpreter() -> str:
+    """This interpreter by its plainest name: a script's first line and a shell call the same one differently."""
+    plain = os.path.join(os.path.dirname(sys.executable), "python3")
+    return plain if os.path.realpath(plain) == os.path.realpath(sys.executable) else sys.executable
 
 
 def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]) -> str:
