@@ -6,30 +6,38 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slurmkit.errors import Failure, UserError
-from slurmkit.slurm.client import JobState
+from slurmkit.slurm import parse
+from slurmkit.slurm.client import Estimate, JobState, Node, Partition
 
 # Seconds. Slurm's own MessageTimeout is 10 by default, and its commands try several times.
-_DEADLINE = 120
+DEADLINE = 120
 # Where to find this Slurm, in contrast to what to run on it.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"})
+_CHANGING = ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_", "SQUEUE_", "SINFO_", "SCONTROL_")
 # How Slurm's commands say that the controller is away, in contrast to a refusal.
 _NO_ANSWER = ("Unable to contact", "Connection refused", "timed out", "configuration source", "configuration file")
 
 
 def submission_environment() -> dict[str, str]:
-    """The caller's environment without the variables by which sbatch or srun would change what the script says."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not name.startswith(("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_"))
-    }
+    """The caller's environment without the variables by which Slurm's commands would do other than they are told."""
+    return {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_CHANGING)}
+
+
+def release() -> tuple[int, int]:
+    """The release of Slurm that is installed here, such as (22, 5)."""
+    said = _decoded(_run("sbatch", "--version").stdout)
+    found = re.search(r"(\d+)\.(\d+)", said)
+    if not found:
+        raise Failure(f"sbatch --version answered {said!r}")
+    return int(found[1]), int(found[2])
 
 
 class CommandClient:
-    """SlurmClient over sbatch, scontrol, sacct and scancel."""
+    """SlurmClient over sbatch, squeue, sacct, sinfo, scontrol and scancel."""
 
     def __init__(self) -> None:
         if shutil.which("sbatch") is None:
@@ -38,18 +46,21 @@ class CommandClient:
                 "slurmkit run"
             )
 
-    def test(self, script: str) -> None:
+    def test(self, script: str) -> Estimate:
         """See SlurmClient. No answer from Slurm is a Failure, as everywhere."""
         try:
-            self._run("sbatch", "--test-only", input=script)
+            done = _run("sbatch", "--test-only", input=_encoded(script))
         except Failure as error:
             if any(sign in str(error) for sign in _NO_ANSWER):
                 raise
             raise UserError(str(error).replace("sbatch failed", "Slurm would refuse this job: sbatch failed")) from None
+        said = _decoded(done.stderr)
+        found = re.search(r"to start at (\S+) using \d+ processors on (?:nodes )?(\S+)(?: in partition (\S+))?", said)
+        return Estimate(found[1], found[2], found[3] or "") if found else Estimate(None, "", "")
 
-    def submit(self, script: Path) -> str:
+    def submit(self, script: Path, environment: Mapping[str, str] = {}) -> str:
         """See SlurmClient. A refusal by sbatch is a Failure that carries Slurm's own words."""
-        answer = self._run("sbatch", "--parsable", str(script))
+        answer = _decoded(_run("sbatch", "--parsable", str(script), environment=environment).stdout)
         job_id = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
         if not re.fullmatch(r"\d+", job_id):
             raise Failure(f"sbatch answered {answer!r} in place of a job id")
@@ -57,68 +68,145 @@ class CommandClient:
 
     def job(self, job_id: str) -> JobState | None:
         """See SlurmClient."""
+        return first_of(self.jobs([job_id]))
+
+    def jobs(self, job_ids: Sequence[str] = (), *, user: str = "") -> tuple[JobState, ...]:
+        """See SlurmClient."""
+        if user:
+            return self._queue("--user", user)
+        if not job_ids:
+            return ()
         try:
-            return _from_scontrol(job_id, self._run("scontrol", "--oneliner", "show", "job", job_id))
+            found = self._queue("--jobs", ",".join(map(_asked, job_ids)))
         except Failure as error:
-            if "Invalid job id" not in str(error):
+            # squeue says so of one job alone; of several it leaves out those that the controller has forgotten.
+            if "Invalid job id specified" not in str(error):
                 raise
-        fields = "JobID,State,Reason,ExitCode,NodeList"
+            found = ()
+        return in_order((*found, *self.accounting(forgotten(job_ids, found))))
+
+    def accounting(self, job_ids: Sequence[str]) -> tuple[JobState, ...]:
+        """See SlurmClient."""
+        if not job_ids:
+            return ()
+        wanted = ("--allocations", "--starttime", "1970-01-01", "--jobs", ",".join(map(_asked, job_ids)))
         try:
-            return _from_sacct(self._run("sacct", "-X", "-n", "-P", "-j", job_id, "-S", "1970-01-01", "-o", fields))
+            table = _table("sacct", parse.BOOK_FIELDS, *wanted)
         except Failure as error:
-            # A site without accounting remembers no job that the controller has forgotten.
             if "accounting storage is disabled" not in str(error):
                 raise
-            return None
+            return ()
+        return in_order(map(parse.job_from, table))
 
     def cancel(self, job_id: str) -> None:
         """See SlurmClient."""
-        self._run("scancel", job_id)
+        _run("scancel", _checked(job_id))
+
+    def signal(self, job_id: str, name: str) -> None:
+        """See SlurmClient."""
+        _run("scancel", "--batch", f"--signal={name}", _checked(job_id))
+
+    def requeue(self, job_id: str) -> None:
+        """See SlurmClient."""
+        _run("scontrol", "requeue", _checked(job_id))
+
+    def hold(self, job_id: str) -> None:
+        """See SlurmClient."""
+        _run("scontrol", "hold", _checked(job_id))
+
+    def release(self, job_id: str) -> None:
+        """See SlurmClient."""
+        _run("scontrol", "release", _checked(job_id))
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """See SlurmClient."""
+        answer = _decoded(_run("scontrol", "--all", "--oneliner", "show", "partition").stdout)
+        return parse.partitions_from(answer, self.nodes())
+
+    def nodes(self) -> tuple[Node, ...]:
+        """See SlurmClient."""
+        return parse.nodes_from(_table("sinfo", parse.NODE_FIELDS, "--all", "--Node"))
 
     def script_of(self, job_id: str) -> bytes:
-        """See SlurmClient."""
-        return self._run("scontrol", "write", "batch_script", job_id, "-").encode("utf-8", "surrogateescape")
-
-    def _run(self, *command: str, input: str = "") -> str:
+        """See SlurmClient. Of a job that the controller has forgotten: as accounting stored it, where it does."""
         try:
-            done = subprocess.run(
-                command,
-                env=submission_environment(),
-                input=input,
-                capture_output=True,
-                timeout=_DEADLINE,
-                encoding="utf-8",
-                errors="surrogateescape",
-            )
-        except FileNotFoundError:
-            raise Failure(f"{command[0]} is not on PATH") from None
-        except subprocess.TimeoutExpired:
-            raise Failure(f"{command[0]} gave no answer within {_DEADLINE} s") from None
-        if done.returncode != 0:
-            said = (done.stderr.strip() or done.stdout.strip()).replace(f"{command[0]}: error: ", "")
-            raise Failure(f"{command[0]} failed with exit code {done.returncode}: {said}")
-        return done.stdout
+            return _run("scontrol", "write", "batch_script", _checked(job_id), "-").stdout
+        except Failure as error:
+            if "Invalid job id" not in str(error):
+                raise
+        try:
+            stored = _run("sacct", "--jobs", job_id, "--batch-script").stdout
+        except Failure:
+            stored = b""
+        # A title, a line of dashes, the script and a line break.
+        script = stored[stored.find(b"-\n") + 2 : -1]
+        if not script.startswith(b"#!"):
+            raise Failure(f"Slurm has no script of job {job_id} any more, neither in the controller nor in accounting")
+        return script
+
+    def _queue(self, *which: str) -> tuple[JobState, ...]:
+        return in_order(map(parse.job_from, _table("squeue", parse.QUEUE_FIELDS, "--states=all", *which)))
 
 
-def _from_scontrol(job_id: str, line: str) -> JobState:
-    fields: dict[str, str] = {}
-    for name, value in re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|NodeList)=(\S*)", line):
-        # The first of each: what comes later may stand in a path or a comment of the user's.
-        fields.setdefault(name, value)
-    exit_code, _, signal = fields.get("ExitCode", "0:0").partition(":")
-    return JobState(
-        job_id,
-        fields["JobState"],
-        fields.get("Reason", ""),
-        int(exit_code),
-        int(signal),
-        fields.get("NodeList", ""),
-    )
+def first_of(jobs: Sequence[JobState]) -> JobState | None:
+    """The one that speaks for all tasks of an array."""
+    return min(jobs, key=lambda job: (job.is_final, job.code == 0), default=None)
 
 
-def _from_sacct(answer: str) -> JobState | None:
-    if not answer.strip():
-        return None
-    job_id, state, reason, exit_code, nodes = answer.strip().splitlines()[-1].split("|")
-    code, _, signal = exit_code.partition(":")
-    return JobState(job_id, state.split()[0], reason, int(code), int(signal), nodes)
+def in_order(jobs: Iterable[JobState]) -> tuple[JobState, ...]:
+    """By the numbers in their ids."""
+    return tuple(sorted(jobs, key=lambda job: [int(number) for number in re.findall(r"\d+", job.job_id)]))
+
+
+def forgotten(job_ids: Sequence[str], found: Sequence[JobState]) -> list[str]:
+    """Those of which nothing was found, be it a task of an array or a part of a heterogeneous job."""
+    known = {name for job in found for name in (job.job_id, re.split(r"[_+]", job.job_id)[0])}
+    return [job_id for job_id in job_ids if _asked(job_id) not in known]
+
+
+def _asked(job_id: str) -> str:
+    # squeue and sacct take no list of tasks: of 12_[4-9] they are asked about all of 12.
+    return _checked(job_id).partition("_[")[0]
+
+
+def _checked(job_id: str) -> str:
+    if not re.fullmatch(r"\d+(_\d+|_\[[^]\s]+\]|\+\d+)?", job_id):
+        raise UserError(f"{job_id!r} is not the id of a job, such as 12 or 12_3")
+    return job_id
+
+
+def _table(command: str, fields: Sequence[str], *options: str) -> Iterator[list[str]]:
+    # No value of another user's can hold what nobody could foresee.
+    mark = f"\x1f{os.urandom(8).hex()}\x1f"
+    if command == "sacct":
+        form = ("--parsable", f"--delimiter={mark}", f"--format={','.join(fields)}")
+    else:
+        form = (f"--Format={','.join(f'{field}:{mark}' for field in fields)}",)
+    return parse.rows(_decoded(_run(command, "--noheader", *form, *options).stdout), mark, len(fields))
+
+
+def _run(*command: str, input: bytes = b"", environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[bytes]:
+    try:
+        done = subprocess.run(
+            command,
+            env={**submission_environment(), **environment},
+            input=input,
+            capture_output=True,
+            timeout=DEADLINE,
+        )
+    except FileNotFoundError:
+        raise Failure(f"{command[0]} is not on PATH") from None
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{command[0]} gave no answer within {DEADLINE} s") from None
+    if done.returncode != 0:
+        said = _decoded(done.stderr.strip() or done.stdout.strip()).replace(f"{command[0]}: error: ", "")
+        raise Failure(f"{command[0]} failed with exit code {done.returncode}: {said}")
+    return done
+
+
+def _decoded(answer: bytes) -> str:
+    return answer.decode("utf-8", "surrogateescape")
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
