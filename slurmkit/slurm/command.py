@@ -135,14 +135,13 @@ class CommandClient:
             if "Invalid job id" not in str(error):
                 raise
         try:
-            stored = _run("sacct", "--jobs", job_id, "--batch-script").stdout
+            # A title, a line of dashes, the script and a line break.
+            stored = _run("sacct", "--jobs", job_id, "--batch-script").stdout.partition(b"-\n")[2][:-1]
         except Failure:
             stored = b""
-        # A title, a line of dashes, the script and a line break.
-        script = stored[stored.find(b"-\n") + 2 : -1]
-        if not script.startswith(b"#!"):
+        if not stored.startswith(b"#!"):
             raise Failure(f"Slurm has no script of job {job_id} any more, neither in the controller nor in accounting")
-        return script
+        return stored
 
     def _queue(self, *which: str) -> tuple[JobState, ...]:
         return in_order(map(parse.job_from, _table("squeue", parse.QUEUE_FIELDS, "--states=all", *which)))
@@ -179,7 +178,7 @@ def _table(command: str, fields: Sequence[str], *options: str) -> Iterator[list[
     # No value of another user's can hold what nobody could foresee.
     mark = f"\x1f{os.urandom(8).hex()}\x1f"
     if command == "sacct":
-        form = ("--parsable", f"--delimiter={mark}", f"--format={','.join(fields)}")
+        form: tuple[str, ...] = ("--parsable", f"--delimiter={mark}", f"--format={','.join(fields)}")
     else:
         form = (f"--Format={','.join(f'{field}:{mark}' for field in fields)}",)
     return parse.rows(_decoded(_run(command, "--noheader", *form, *options).stdout), mark, len(fields))

@@ -75,7 +75,11 @@ class NativeClient:
         if not job_ids or not all(map(str.isdigit, job_ids)):
             return self._commands.accounting(job_ids)
         numbers = [int(job_id) for job_id in job_ids]
-        return self._either(lambda: self._commands.accounting(job_ids), _jobs_from, "accounting", numbers)
+        try:
+            return self._either(lambda: self._commands.accounting(job_ids), _jobs_from, "accounting", numbers)
+        except Failure:
+            # pyslurm says the same of a site without accounting and of one whose slurmdbd is away.
+            return self._commands.accounting(job_ids)
 
     def cancel(self, job_id: str) -> None:
         """See SlurmClient."""
