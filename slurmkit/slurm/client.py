@@ -40,6 +40,8 @@ class JobState:
     """The nodes it has or had, such as `node[1-2]`."""
 
     name: str = ""
+    """Accounting writes ` for each " in it."""
+
     comment: str = ""
     """Accounting keeps it only where slurm.conf says AccountingStoreFlags=job_comment."""
 
@@ -171,11 +173,14 @@ class SlurmClient(Protocol):
         ...
 
     def cancel(self, job_id: str) -> None:
-        """End the job. One that has ended already is no error."""
+        """End the job. One that has ended already, or that Slurm has forgotten, is no error."""
         ...
 
     def signal(self, job_id: str, name: str) -> None:
-        """Send a signal, such as "USR2", to the running job's batch script, which passes on what it wants to."""
+        """Send a signal, such as "USR2", to the batch script of a running job, which passes on what it wants to.
+
+        Failure where it does not run.
+        """
         ...
 
     def requeue(self, job_id: str) -> None:
@@ -199,5 +204,5 @@ class SlurmClient(Protocol):
         ...
 
     def script_of(self, job_id: str) -> bytes:
-        """The batch script as Slurm stored it."""
+        """The batch script as Slurm stored it, in the controller or in accounting (AccountingStoreFlags=job_script)."""
         ...

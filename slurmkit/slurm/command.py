@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ class CommandClient:
     def jobs(self, job_ids: Sequence[str] = (), *, user: str = "") -> tuple[JobState, ...]:
         """See SlurmClient."""
         if user:
-            return self._queue("--user", user)
+            return self._queue("--user", str(user_id(user)))
         if not job_ids:
             return ()
         try:
@@ -104,7 +105,10 @@ class CommandClient:
 
     def signal(self, job_id: str, name: str) -> None:
         """See SlurmClient."""
-        _run("scancel", "--batch", f"--signal={name}", _checked(job_id))
+        # To a job that does not run scancel tries for a minute and a half.
+        if not any(job.state == "RUNNING" for job in self.jobs([job_id])):
+            raise Failure(f"job {job_id} does not run: there is nobody to hear {name}")
+        _run("scancel", "--batch", "--state=RUNNING", f"--signal={name}", _checked(job_id))
 
     def requeue(self, job_id: str) -> None:
         """See SlurmClient."""
@@ -129,19 +133,17 @@ class CommandClient:
 
     def script_of(self, job_id: str) -> bytes:
         """See SlurmClient. Of a job that the controller has forgotten: as accounting stored it, where it does."""
-        try:
-            return _run("scontrol", "write", "batch_script", _checked(job_id), "-").stdout
-        except Failure as error:
-            if "Invalid job id" not in str(error):
-                raise
-        try:
-            # A title, a line of dashes, the script and a line break.
-            stored = _run("sacct", "--jobs", job_id, "--batch-script").stdout.partition(b"-\n")[2][:-1]
-        except Failure:
-            stored = b""
-        if not stored.startswith(b"#!"):
-            raise Failure(f"Slurm has no script of job {job_id} any more, neither in the controller nor in accounting")
-        return stored
+        # scontrol says only in words that it found none.
+        script = _run("scontrol", "write", "batch_script", _checked(job_id), "-").stdout
+        if not script:
+            try:
+                # A title, a line of dashes, the script and a line break.
+                script = _run("sacct", "--jobs", job_id, "--batch-script").stdout.partition(b"-\n")[2][:-1]
+            except Failure:
+                script = b""
+        if not script.startswith(b"#!"):
+            raise Failure(f"Slurm has no script of job {job_id}, neither in the controller nor in accounting")
+        return script
 
     def _queue(self, *which: str) -> tuple[JobState, ...]:
         return in_order(map(parse.job_from, _table("squeue", parse.QUEUE_FIELDS, "--states=all", *which)))
@@ -163,13 +165,21 @@ def forgotten(job_ids: Sequence[str], found: Sequence[JobState]) -> list[str]:
     return [job_id for job_id in job_ids if _asked(job_id) not in known]
 
 
+def user_id(user: str) -> int:
+    """Failure for an unknown name, of which squeue would list no jobs."""
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise Failure(f"this machine knows no user {user!r}") from None
+
+
 def _asked(job_id: str) -> str:
     # squeue and sacct take no list of tasks: of 12_[4-9] they are asked about all of 12.
     return _checked(job_id).partition("_[")[0]
 
 
 def _checked(job_id: str) -> str:
-    if not re.fullmatch(r"\d+(_\d+|_\[[^]\s]+\]|\+\d+)?", job_id):
+    if not re.fullmatch(r"\d+(_\d+|_\[[^]\s]+\]|\+\d+)?", job_id, re.ASCII):
         raise UserError(f"{job_id!r} is not the id of a job, such as 12 or 12_3")
     return job_id
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import re
 import socket
 import subprocess
@@ -58,21 +57,18 @@ class NativeClient:
 
     def jobs(self, job_ids: Sequence[str] = (), *, user: str = "") -> tuple[JobState, ...]:
         """See SlurmClient. Single tasks of arrays are left to the commands: pyslurm takes nothing but numbers."""
-        if not user and not all(map(str.isdigit, job_ids)):
+        if not user and not all(map(_is_number, job_ids)):
             return self._commands.jobs(job_ids)
         if not user and not job_ids:
             return ()
-        try:
-            user_id = pwd.getpwnam(user).pw_uid if user else None
-        except KeyError:
-            raise Failure(f"Invalid user: {user}") from None
+        user_id = command.user_id(user) if user else None
         numbers = [] if user else [int(job_id) for job_id in job_ids]
         found = self._either(lambda: self._commands.jobs(job_ids, user=user), _jobs_from, "jobs", numbers, user_id)
         return found if user else command.in_order((*found, *self.accounting(command.forgotten(job_ids, found))))
 
     def accounting(self, job_ids: Sequence[str]) -> tuple[JobState, ...]:
         """See SlurmClient."""
-        if not job_ids or not all(map(str.isdigit, job_ids)):
+        if not job_ids or not all(map(_is_number, job_ids)):
             return self._commands.accounting(job_ids)
         numbers = [int(job_id) for job_id in job_ids]
         try:
@@ -116,7 +112,7 @@ class NativeClient:
 
     def _control(self, name: str, job_id: str, *more: str) -> None:
         same = getattr(self._commands, name)
-        if job_id.isdigit():
+        if _is_number(job_id):
             self._either(lambda: same(job_id, *more), lambda _: None, name, int(job_id), *more)
         else:
             same(job_id, *more)
@@ -230,6 +226,10 @@ def _end(process: subprocess.Popen[bytes], *files: Any) -> None:
         file.close()
     process.kill()
     process.wait()
+
+
+def _is_number(job_id: str) -> bool:
+    return job_id.isascii() and job_id.isdigit()
 
 
 def _jobs_from(rows: list[list[Any]]) -> tuple[JobState, ...]:

@@ -35,13 +35,16 @@ def _jobs(pyslurm: Any, job_ids: list[int], user_id: int | None) -> list[Row]:
     if len(job_ids) == 1:
         try:
             job = pyslurm.Job.load(job_ids[0])
+            # load() has only the first record of an array and of a heterogeneous job.
+            if not (job.array_id or job.heterogeneous_id):
+                return [_job(job)]
+        except KeyError:
+            # load() fails at a job that has just started and has no step yet.
+            pass
         except pyslurm.RPCError as error:
             if "Invalid job id" in str(error):
                 return []
             raise
-        # load() has only the first record of an array and of a heterogeneous job.
-        if not (job.array_id or job.heterogeneous_id):
-            return [_job(job)]
     wanted = set(job_ids)
     return [
         _job(job)
@@ -141,11 +144,10 @@ def _state(node: Any) -> str:
 
 
 def _signal(pyslurm: Any, job_id: int, name: str) -> None:
-    job = pyslurm.Job.load(job_id)
-    # pyslurm says nothing when nobody is there to hear it.
-    if job.state not in ("RUNNING", "SUSPENDED"):
-        raise pyslurm.PyslurmError(f"job {job_id} is {job.state}, and no batch script of it is running")
-    job.send_signal("SIG" + name.removeprefix("SIG"), steps="batch")
+    # pyslurm is silent about a job that has ended.
+    if not any(state == "RUNNING" for _, state, *_ in _jobs(pyslurm, [job_id], None)):
+        raise pyslurm.PyslurmError(f"job {job_id} does not run: there is nobody to hear {name}")
+    pyslurm.Job(job_id).send_signal("SIG" + name.removeprefix("SIG"), steps="batch")
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
