@@ -37,6 +37,11 @@ def release() -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def has_pyxis() -> bool:
+    """Whether srun has pyxis's options here."""
+    return b"--container-image" in _run("srun", "--help").stdout
+
+
 class CommandClient:
     """SlurmClient over sbatch, squeue, sacct, sinfo, scontrol and scancel."""
 
