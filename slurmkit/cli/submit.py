@@ -56,12 +56,19 @@ def command(
     client = CommandClient()
     if dry_run:
         queue.check(settled, script, client)
+        settled.read_secrets()
         click.echo(script, nl=False)
         click.echo(
             f"dry run: nothing submitted, nothing written; the run directory would be {settled.spec.run_dir}",
             err=True,
         )
         return
+    if settled.spec.secrets and client.keeps_environments():
+        click.echo(
+            "warning: this cluster's accounting keeps every job's environment (AccountingStoreFlags=job_env), with "
+            f"{', '.join(settled.spec.secrets)}: ask your administrator who can read it, and use tokens that expire",
+            err=True,
+        )
     job = queue.submit(settled, script, client, provenance)
     click.echo(f"job            {job.job_id}")
     click.echo(f"rendered file  {job.script}")

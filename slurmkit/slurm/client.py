@@ -201,3 +201,7 @@ class SlurmClient(Protocol):
     def script_of(self, job_id: str) -> bytes:
         """The batch script as Slurm stored it."""
         ...
+
+    def keeps_environments(self) -> bool:
+        """Whether this cluster's accounting stores the environment of every job."""
+        ...

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm.client import JobState
@@ -47,9 +49,9 @@ class CommandClient:
                 raise
             raise UserError(str(error).replace("sbatch failed", "Slurm would refuse this job: sbatch failed")) from None
 
-    def submit(self, script: Path) -> str:
+    def submit(self, script: Path, environment: Mapping[str, str] = MappingProxyType({})) -> str:
         """See SlurmClient. A refusal by sbatch is a Failure that carries Slurm's own words."""
-        answer = self._run("sbatch", "--parsable", str(script))
+        answer = self._run("sbatch", "--parsable", str(script), environment=environment)
         job_id = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
         if not re.fullmatch(r"\d+", job_id):
             raise Failure(f"sbatch answered {answer!r} in place of a job id")
@@ -79,11 +81,15 @@ class CommandClient:
         """See SlurmClient."""
         return self._run("scontrol", "write", "batch_script", job_id, "-").encode("utf-8", "surrogateescape")
 
-    def _run(self, *command: str, input: str = "") -> str:
+    def keeps_environments(self) -> bool:
+        """See SlurmClient."""
+        return re.search(r"^AccountingStoreFlags .*job_env", self._run("scontrol", "show", "config"), re.M) is not None
+
+    def _run(self, *command: str, input: str = "", environment: Mapping[str, str] = MappingProxyType({})) -> str:
         try:
             done = subprocess.run(
                 command,
-                env=submission_environment(),
+                env={**submission_environment(), **environment},
                 input=input,
                 capture_output=True,
                 timeout=_DEADLINE,
