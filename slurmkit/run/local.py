@@ -20,15 +20,14 @@ _POLL = 0.5
 _GRACE = 15.0
 
 
-def run_here(settled: Settled, tell: Callable[[Path], None]) -> int:
-    """Run the command as a child until it ends; `tell` is called with the driver's log while it works.
+def run_here(settled: Settled, secrets: Mapping[str, str], tell: Callable[[Path], None]) -> int:
+    """Run the command as a child until it ends, `secrets` in its environment; `tell` is called with the driver's log while it works.
 
     Returns the command's exit code. On an interrupt the child is asked to leave, then made to.
     """
     spec = settled.spec
     directory = RunDirectory(Path(spec.run_dir))
     directory.refuse_other(settled.identity)
-    secrets = settled.read_secrets()
     os.umask(int(spec.umask, 8))
     directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
     with _alone_in(directory.path):
