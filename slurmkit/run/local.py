@@ -21,9 +21,9 @@ _GRACE = 15.0
 
 
 def run_here(settled: Settled, secrets: Mapping[str, str], tell: Callable[[Path], None]) -> int:
-    """Run the command as a child until it ends, `secrets` in its environment; `tell` is called with the driver's log while it works.
+    """Run the command as a child until it ends, `secrets` in its environment.
 
-    Returns the command's exit code. On an interrupt the child is asked to leave, then made to.
+    `tell` is called with the driver's log while it works. Returns the command's exit code. On an interrupt the child is asked to leave, then made to.
     """
     spec = settled.spec
     directory = RunDirectory(Path(spec.run_dir))
