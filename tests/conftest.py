@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,27 +46,37 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True, timeout=60)
         return done.stdout
 
-    def on_node(self, node: str, *command: str) -> str:
+    def on_node(self, node: str, *command: str, input: str = "") -> str:
         """Run a command on a node, beside Slurm."""
         done = subprocess.run(
-            [_DEVCLUSTER, "exec", "--name", self.name, node, *command], capture_output=True, text=True, timeout=60
+            [_DEVCLUSTER, "exec", "--name", self.name, node, *command],
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         return done.stdout
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+@contextmanager
+def development_cluster(name: str, *arguments: str) -> Iterator[Cluster]:
+    """A cluster of its own, for a test that needs another configuration; gone afterwards."""
     need_slurm()
-    name = f"session{os.getpid()}"
     # Of /tmp a node sees only its own; a checkout or an environment that lies there must be shared.
     shared = [path for path in {REPOSITORY, Path(sys.prefix)} if path.is_relative_to("/tmp")]
     options = [word for path in shared for word in ("--shared", str(path))]
-    subprocess.run([_DEVCLUSTER, "up", "--name", name, "--nodes", "4", *options], check=True, timeout=120)
+    subprocess.run([_DEVCLUSTER, "up", "--name", name, *arguments, *options], check=True, timeout=120)
     try:
         line = subprocess.run([_DEVCLUSTER, "env", "--name", name], check=True, capture_output=True, text=True).stdout
         yield Cluster(name, line.partition("SLURM_CONF=")[2].strip())
     finally:
         subprocess.run([_DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with development_cluster(f"session{os.getpid()}", "--nodes", "4") as session:
+        yield session
 
 
 @pytest.fixture

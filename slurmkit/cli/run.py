@@ -25,11 +25,12 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
     """Train on this machine, without Slurm: the same run directory, the same driver."""
     # Whatever a project's file says: here is one node.
     settled = settle(request_from(context, words, {**options, "nodes": 1}), Path.cwd())
+    secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase
     run_dir = Path(settled.spec.run_dir)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"run directory  {run_dir}", markup=False)
     with RunProgress(run_dir, console) as progress:
-        code = run_here(settled, progress.update)
+        code = run_here(settled, secrets, progress.update)
     log = run_dir / "attempts/latest/driver.log"
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]

@@ -38,11 +38,12 @@ def init(out: Path | None) -> None:
     """Draft a site's file from what the cluster says: its partitions, limits, GPUs, and whether pyxis is there."""
     from slurmkit.job.draft import draft
     from slurmkit.run.directory import write_beside
-    from slurmkit.slurm.command import CommandClient, has_pyxis
+    from slurmkit.slurm.command import has_pyxis
+    from slurmkit.slurm.connect import connect
 
     if out is not None and out.exists():
         raise UserError(f"--out {out}: exists already; slurmkit does not write over a site's file")
-    text = draft(CommandClient().partitions(), has_pyxis())
+    text = draft(connect().partitions(), has_pyxis())
     if out is None:
         click.echo(text, nl=False)
     else:

@@ -17,7 +17,7 @@ from slurmkit.job.settle import settle
 from slurmkit.report.terminal import RunProgress
 from slurmkit.run import submit as queue
 from slurmkit.slurm.client import JobState
-from slurmkit.slurm.command import CommandClient
+from slurmkit.slurm.connect import connect
 
 # ExitCode 0:53 is how slurmd reports that it could not set up a batch script's files (src/slurmd: ESLURMD_IO_ERROR).
 _NO_OUTPUT = 53
@@ -53,15 +53,22 @@ def command(
                 "commit it with the X.json beside it, slurmkit submit X.sbatch"
             )
         script = render(settled.spec, settled.templates)
-    client = CommandClient()
+    client = connect()
     if dry_run:
         queue.check(settled, script, client)
+        settled.read_secrets()
         click.echo(script, nl=False)
         click.echo(
             f"dry run: nothing submitted, nothing written; the run directory would be {settled.spec.run_dir}",
             err=True,
         )
         return
+    if settled.spec.secrets and client.keeps_environments():
+        click.echo(
+            "warning: this cluster's accounting keeps every job's environment (AccountingStoreFlags=job_env), with "
+            f"{', '.join(settled.spec.secrets)}: ask your administrator who can read it, and use tokens that expire",
+            err=True,
+        )
     job = queue.submit(settled, script, client, provenance)
     click.echo(f"job            {job.job_id}")
     click.echo(f"rendered file  {job.script}")

@@ -8,7 +8,7 @@ import click
 
 from slurmkit.job.check import diff_of
 from slurmkit.run import verify
-from slurmkit.slurm.command import CommandClient
+from slurmkit.slurm.connect import connect
 
 
 @click.command("verify")
@@ -18,7 +18,7 @@ def command(job_id: str) -> None:
 
     Exit code: 0 all are the same, 1 one differs or is missing, 2 there is nothing to compare.
     """
-    script = verify.stored_script(job_id, CommandClient())
+    script = verify.stored_script(job_id, connect())
     places = list(verify.places(job_id, script))
     click.echo(f"job {job_id}, as Slurm stores it, and")
     for place in places:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_serializer, model_validator
 
 from slurmkit.config.section import Section
+from slurmkit.errors import Failure
 from slurmkit.job.values import AbsolutePath, Line, Name
 
 if TYPE_CHECKING:
@@ -207,14 +208,14 @@ def missing_parts(spec: JobSpec) -> list[tuple[str, str]]:
 
 def _runtime_is_missing(runtime: str) -> str | None:
     import shutil
-    import subprocess
 
     if runtime == "pyxis":
+        from slurmkit.slurm.command import has_pyxis
+
         try:
-            done = subprocess.run(["srun", "--help"], capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"srun --help cannot be asked: {error}"
-        return None if "--container-image" in done.stdout else "srun on this host has no --container-image"
+            return None if has_pyxis() else "srun on this host has no --container-image"
+        except Failure as error:
+            return f"srun cannot be asked: {error}"
     if runtime in ("apptainer", "podman") and shutil.which(runtime) is None:
         return "not on PATH on this host"
     return None

@@ -19,8 +19,8 @@ from slurmkit.job.spec import JobSpec
 
 PROJECT_FILE = "slurmkit.yaml"
 _PATHS = ("config", "results_dir", "workdir", "python", "templates")
-# Variables of this name that say where to look, and set no key.
-_NOT_KEYS = ("SLURMKIT_SITE", "SLURMKIT_PROFILE", "SLURMKIT_DEVCLUSTER")
+# SLURMKIT_… that say where to look, and set no key.
+_NOT_KEYS = ("SITE", "PROFILE", "CLIENT", "PYSLURM_PYTHON", "DEVCLUSTER")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def from_environment(environ: Mapping[str, str]) -> Source:
     source = Source({}, {})
     sections = {name for name in known_keys(JobSpec) if "." not in name} | set(EXTRA_KEYS)
     for name, text in sorted(environ.items()):
-        if not name.startswith("SLURMKIT_") or name in _NOT_KEYS or name.startswith("SLURMKIT_TEST_"):
+        if not name.startswith("SLURMKIT_") or name.removeprefix("SLURMKIT_") in _NOT_KEYS:
             continue
         head, *rest = name.removeprefix("SLURMKIT_").split("__")
         # Below env, sbatch and secrets stand names that are not ours.

@@ -15,6 +15,7 @@ from slurmkit.config.source import Source, merge, put
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
 from slurmkit.job.layers import Layer, absolute, anchor_paths, profile_layer, read_layers, site_file
+from slurmkit.job.secrets import as_mapping, read_secrets, refuse_tokens
 from slurmkit.job.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ class Settled:
         if self.spec.config is not None:
             kind, text = "training configuration", self.spec.config
         return {kind: hashlib.sha256(text.encode()).hexdigest()}
+
+    def read_secrets(self) -> dict[str, str]:
+        """The job's secrets, from where the spec says they are. UserError names each that cannot be had."""
+        return read_secrets(self.spec.secrets, self._origin_of_secret)
+
+    def _origin_of_secret(self, name: str) -> str:
+        return next((at for key, at in self.origins.items() if key.startswith(f"secrets.{name}.")), "default")
 
 
 def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.environ) -> Settled:
@@ -186,10 +194,17 @@ def _lay(layers: Sequence[Layer]) -> Source:
         if data.get("config") is not None or data.get("command") is not None:
             for key in below:
                 merged.data.pop(key, None)
-        merged = merge([merged, layer.source])
+        merged = merge([merged, _with_named_secrets(layer.source)])
     for key in ("profile", "profiles"):
         merged.data.pop(key, None)
     return merged
+
+
+def _with_named_secrets(source: Source) -> Source:
+    """A stronger layer's source of a secret takes the place of a weaker one's, of another kind too."""
+    if "secrets" not in source.data:
+        return source
+    return Source({**source.data, "secrets": as_mapping(source.data["secrets"])}, source.origins)
 
 
 def _over_site(site: Site | None, requested: Source) -> Source:
@@ -198,7 +213,8 @@ def _over_site(site: Site | None, requested: Source) -> Source:
         source = requested
     else:
         partition = requested.data.get("partition", site.rules.defaults.get("partition"))
-        source = merge([site.defaults(partition if isinstance(partition, str) else None), requested])
+        defaults = site.defaults(partition if isinstance(partition, str) else None)
+        source = merge([_with_named_secrets(defaults), requested])
         if requested.data.get("command") is not None:
             source.data.pop("config", None)
     for key in ("env", "sbatch", "secrets"):
@@ -286,6 +302,10 @@ def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> 
             if not Path(path).is_file():
                 raise UserError(f"data.{name}.data_path: {path}: no such file")
             settled["data"][name]["data_path"] = path
+    try:
+        refuse_tokens(settled)
+    except ValueError as error:
+        raise UserError(f"{error} ({config})") from None  # not where it was set, which may show the value
     train = validate(TrainConfig, Source(settled, read.origins))
     put(source, ("run_dir",), run_dir, read.origins.get(("checkpointing", "checkpoint_dir"), "results_dir and name"))
     put(source, ("config",), compact_yaml(train.model_dump(mode="json")), f"{config}")

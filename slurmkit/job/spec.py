@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from slurmkit.config.section import Section
 from slurmkit.job.container import Container
+from slurmkit.job.secrets import Secrets, no_secret_name
 from slurmkit.job.values import (
     AbsolutePath,
     Array,
@@ -22,13 +23,13 @@ from slurmkit.job.values import (
     Name,
     Signal,
     Time,
+    Umask,
     Word,
     gpus_in_gres,
     gpus_of,
     minutes_of,
 )
 
-_SECRET = re.compile(r"(API_KEY|ACCESS_KEY|SECRET|TOKEN|PASSWORD|CREDENTIALS)$", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 
 
@@ -128,8 +129,13 @@ class JobSpec(Section):
     """What the job's processes run in."""
     ray: RayOptions = RayOptions()
     """How Ray is brought up."""
-    env: dict[EnvironmentName, Word] = {}
+    env: dict[Annotated[EnvironmentName, AfterValidator(no_secret_name)], Word] = {}
     """Environment of every process of the job. Values are in the script: nothing secret."""
+
+    secrets: Secrets = {}
+    """Variables that are read when the job is submitted and carried only in its environment; the script names them."""
+    umask: Umask = "077"
+    """Permissions that every file of the run is made without: 077 is the user alone, 027 lets a group read."""
 
     prologue: Annotated[tuple[Word, ...], Field(strict=False)] = ()
     """Shell lines of the site's, on every node before `setup`."""
@@ -172,11 +178,8 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _names_are_ours_to_set(self) -> JobSpec:
         for name in self.env:
-            if _SECRET.search(name):
-                raise ValueError(
-                    f"env: {name} looks like a secret, and the script that would hold it is stored and shown: export "
-                    "it in your shell, whose environment the job inherits"
-                )
+            if name in self.secrets:
+                raise ValueError(f"env: {name} is also named under secrets; it can come from one of the two")
         return self
 
     @model_validator(mode="after")
@@ -222,7 +225,7 @@ class JobSpec(Section):
     @property
     def names_of_environment(self) -> list[str]:
         """The job's own variables, which must reach the inside of a container."""
-        return sorted({*self.env, *getattr(self, "secrets", ())})
+        return sorted({*self.env, *self.secrets})
 
     @property
     def gpu_hours(self) -> float | None:
@@ -230,12 +233,8 @@ class JobSpec(Section):
         return None if self.time is None else self.total_gpus * minutes_of(self.time) / 60
 
 
-DIRECTIVES = tuple(
-    key
-    for key in JobSpec.model_fields
-    if key not in ("sbatch", "container", "ray", "env", "prologue", "setup", "epilogue", "python", "workdir")
-    and key not in ("run_dir", "command", "config")
-)
+_NO_DIRECTIVES = "sbatch container ray env secrets umask prologue setup epilogue python workdir run_dir command config"
+DIRECTIVES = tuple(key for key in JobSpec.model_fields if key not in _NO_DIRECTIVES.split())
 OWN_OPTIONS = {key.replace("_", "-") for key in DIRECTIVES} | {
     "job-name",
     "no-requeue",

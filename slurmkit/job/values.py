@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
 
+from slurmkit.job.secrets import no_secret
+
 # A name is also a folder's name and a word in file patterns, so it is kept plain.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _TIME = re.compile(
@@ -21,6 +23,7 @@ _GPUS = re.compile(rf"{_GPUS_ITEM}(?:,{_GPUS_ITEM})*")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIGNAL = re.compile(r"(?:R?B:|R:)?(?:[A-Z][A-Z0-9]*|\d+)(?:@\d+)?")
 _ARRAY = re.compile(r"\d+(?:-\d+(?::\d+)?)?(?:,\d+(?:-\d+(?::\d+)?)?)*(?:%\d+)?")
+_UMASK = re.compile(r"0{0,2}[0-7]{1,2}")
 _MEGABYTES = {"K": 1 / 1024, "": 1.0, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 # Slurm reads each directive into a buffer of this many bytes, and cuts the rest off in silence.
 _DIRECTIVE_BYTES = 8000
@@ -133,8 +136,8 @@ def _number_as_text(value: object) -> object:
 
 
 # In a YAML file `mem: 64` and `OMP_NUM_THREADS: 8` are numbers, and mean the same as the text.
-Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line)]
-Word = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_no_nul)]
+Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line), AfterValidator(no_secret)]
+Word = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_no_nul), AfterValidator(no_secret)]
 Name = Annotated[str, AfterValidator(_name)]
 EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 AbsolutePath = Annotated[str, AfterValidator(_path)]
@@ -144,4 +147,6 @@ Memory = Annotated[Line, _matching(_MEMORY, "a size such as 64G")]
 Gres = Annotated[Line, _matching(_GRES, "a GRES such as gpu:8 or gpu:h100:8")]
 Gpus = Annotated[Line, _matching(_GPUS, "a count or TYPE:COUNT, such as 8 or h100:8")]
 Signal = Annotated[Line, _matching(_SIGNAL, "a signal for sbatch, such as B:USR2@300")]
+# `umask: 027` is the number 27 in YAML, and means the same.
+Umask = Annotated[Line, _matching(_UMASK, "octal and 077 at most, such as 077 or 027")]
 Array = Annotated[Line, _matching(_ARRAY, "an array such as 0-7 or 1,5,9%2")]

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,14 +20,16 @@ _POLL = 0.5
 _GRACE = 15.0
 
 
-def run_here(settled: Settled, tell: Callable[[Path], None]) -> int:
-    """Run the command as a child until it ends; `tell` is called with the driver's log while it works.
+def run_here(settled: Settled, secrets: Mapping[str, str], tell: Callable[[Path], None]) -> int:
+    """Run the command as a child until it ends, `secrets` in its environment.
 
-    Returns the command's exit code. On an interrupt the child is asked to leave, then made to.
+    `tell` is called with the driver's log while it works. Returns the command's exit code. On an interrupt the child is
+    asked to leave, then made to.
     """
     spec = settled.spec
     directory = RunDirectory(Path(spec.run_dir))
     directory.refuse_other(settled.identity)
+    os.umask(int(spec.umask, 8))
     directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
     with _alone_in(directory.path):
         name = f"local-{len(directory.attempts) + 1}"
@@ -35,16 +37,17 @@ def run_here(settled: Settled, tell: Callable[[Path], None]) -> int:
         attempt.mkdir()
         directory.add_attempt(settled.identity, {"local": name})
         _link_latest(attempt)
-        return _supervise(settled, attempt / "driver.log", tell)
+        return _supervise(settled, secrets, attempt / "driver.log", tell)
 
 
-def _supervise(settled: Settled, log: Path, tell: Callable[[Path], None]) -> int:
+def _supervise(settled: Settled, secrets: Mapping[str, str], log: Path, tell: Callable[[Path], None]) -> int:
     spec = settled.spec
     script = "\n".join(["set -euo pipefail", *spec.setup, 'exec -- "$@"'])
     environment = {
         **os.environ,
         "PATH": f"{os.path.dirname(spec.python)}:{os.environ.get('PATH', os.defpath)}",
         **spec.env,
+        **secrets,
     }
     with log.open("wb") as output:
         child = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,10 +41,12 @@ def submit(settled: Settled, script: str, client: SlurmClient, provenance: Mappi
     """
     spec = settled.spec
     directory = check(settled, script, client)
+    secrets = settled.read_secrets()
+    os.umask(int(spec.umask, 8))  # sbatch hands it on, so that the job's own output is made with it, too
     directory.prepare({"job.sbatch": script})
     path = directory.path / "job.sbatch"
     try:
-        job_id = client.submit(path)
+        job_id = client.submit(path, secrets)
     except BaseException:
         directory.undo()
         raise

@@ -206,3 +206,7 @@ class SlurmClient(Protocol):
     def script_of(self, job_id: str) -> bytes:
         """The batch script as Slurm stored it, in the controller or in accounting (AccountingStoreFlags=job_script)."""
         ...
+
+    def keeps_environments(self) -> bool:
+        """Whether this cluster's accounting stores the environment of every job."""
+        ...

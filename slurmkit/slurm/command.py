@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm import parse
@@ -18,7 +19,7 @@ from slurmkit.slurm.client import Estimate, JobState, Node, Partition
 DEADLINE = 120
 # Where to find this Slurm, in contrast to what to run on it.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"})
-_CHANGING = ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_", "SQUEUE_", "SINFO_", "SCONTROL_")
+_CHANGING = ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_", "SQUEUE_", "SINFO_", "SCONTROL_", "PYXIS_")
 # How Slurm's commands say that the controller is away, in contrast to a refusal.
 _NO_ANSWER = ("Unable to contact", "Connection refused", "timed out", "configuration source", "configuration file")
 
@@ -64,7 +65,7 @@ class CommandClient:
         found = re.search(r"to start at (\S+) using \d+ processors on (?:nodes )?(\S+)(?: in partition (\S+))?", said)
         return Estimate(found[1], found[2], found[3] or "") if found else Estimate(None, "", "")
 
-    def submit(self, script: Path, environment: Mapping[str, str] = {}) -> str:
+    def submit(self, script: Path, environment: Mapping[str, str] = MappingProxyType({})) -> str:
         """See SlurmClient. A refusal by sbatch is a Failure that carries Slurm's own words."""
         answer = _decoded(_run("sbatch", "--parsable", str(script), environment=environment).stdout)
         job_id = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
@@ -150,6 +151,11 @@ class CommandClient:
             raise Failure(f"Slurm has no script of job {job_id}, neither in the controller nor in accounting")
         return script
 
+    def keeps_environments(self) -> bool:
+        """See SlurmClient."""
+        configuration = _decoded(_run("scontrol", "show", "config").stdout)
+        return re.search(r"^AccountingStoreFlags .*job_env", configuration, re.MULTILINE) is not None
+
     def _queue(self, *which: str) -> tuple[JobState, ...]:
         return in_order(map(parse.job_from, _table("squeue", parse.QUEUE_FIELDS, "--states=all", *which)))
 
@@ -199,7 +205,9 @@ def _table(command: str, fields: Sequence[str], *options: str) -> Iterator[list[
     return parse.rows(_decoded(_run(command, "--noheader", *form, *options).stdout), mark, len(fields))
 
 
-def _run(*command: str, input: bytes = b"", environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess[bytes]:
+def _run(
+    *command: str, input: bytes = b"", environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[bytes]:
     try:
         done = subprocess.run(
             command,

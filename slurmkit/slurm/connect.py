@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from slurmkit.errors import UserError
 from slurmkit.slurm.client import SlurmClient
 from slurmkit.slurm.command import CommandClient
 
+KINDS = ("command", "pyslurm")
+# An interpreter that has pyslurm, where it is not slurmkit's own.
+_PYTHON = "SLURMKIT_PYSLURM_PYTHON"
 
-def connect(kind: str = "auto", python: str = sys.executable) -> SlurmClient:
-    """The client of that kind; UserError for an unknown kind, and without sbatch on PATH.
 
-    `command` is Slurm's own commands, and `auto` is that too: nobody gets pyslurm without asking. `pyslurm` reads and
-    controls jobs through pyslurm in the interpreter `python`, and falls back to the commands where that cannot be.
+def connect(kind: str | None = None) -> SlurmClient:
+    """The client of that kind, by default the one that SLURMKIT_CLIENT names, or else `command`.
+
+    `command` is Slurm's own commands. `pyslurm` reads and controls jobs through pyslurm, and falls back to the commands
+    where that cannot be. UserError for an unknown kind, and without sbatch on PATH.
     """
-    if kind in ("auto", "command"):
-        return CommandClient()
-    if kind == "pyslurm":
-        from slurmkit.slurm.native import NativeClient
+    kind = kind or os.environ.get("SLURMKIT_CLIENT") or "command"
+    if kind not in KINDS:
+        raise UserError(f"SLURMKIT_CLIENT: {kind!r} is no way to reach Slurm: it is {' or '.join(KINDS)}")
+    commands = CommandClient()
+    if kind == "command":
+        return commands
+    from slurmkit.slurm.native import NativeClient
 
-        return NativeClient(CommandClient(), python)
-    raise UserError(f"{kind!r} is no way to reach Slurm: it is auto, command or pyslurm")
+    return NativeClient(commands, os.environ.get(_PYTHON) or sys.executable)

@@ -51,6 +51,10 @@ class NativeClient:
         """See SlurmClient."""
         return self._commands.script_of(job_id)
 
+    def keeps_environments(self) -> bool:
+        """See SlurmClient."""
+        return self._commands.keeps_environments()
+
     def job(self, job_id: str) -> JobState | None:
         """See SlurmClient."""
         return command.first_of(self.jobs([job_id]))

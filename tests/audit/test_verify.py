@@ -135,7 +135,7 @@ def test_what_cannot_be_compared_is_said_with_exit_code_2(cluster: Cluster, shar
     for job_id, message in (
         (other, f"job {other} is not slurmkit's: its script does not begin as one that slurmkit rendered"),
         ("999999", "job 999999: nothing to compare, Slurm "),
-        ("x", "job x: nothing to compare, Slurm "),
+        ("x", "'x' is not the id of a job, such as 12 or 12_3"),
     ):
         done = slurmkit(shared_path, "verify", job_id, SLURM_CONF=cluster.configuration)
         assert (done.code, done.out) == (2, "")
