@@ -197,7 +197,7 @@ class _Child:
                 self._socket.settimeout(max(until - time.monotonic(), 0.001))
                 chunk = self._socket.recv(1 << 20)
             except TimeoutError:
-                raise Unusable(f"it gave no answer within {seconds} s") from None
+                raise Unusable(f"it gave no answer within {seconds} s{self._last_words()}") from None
             except OSError:
                 chunk = b""
             if not chunk:
@@ -212,9 +212,12 @@ class _Child:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return Unusable("its process closed the connection")
+        return Unusable(f"its process ended with {status}{self._last_words()}")
+
+    def _last_words(self) -> str:
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-        return Unusable(f"its process ended with {status}" + (f": {last}" if last else ""))
+        return last and f": {last}"
 
     def _check(self, version: str) -> None:
         try:
