@@ -10,15 +10,14 @@ from slurmkit.slurm.client import SlurmClient
 from slurmkit.slurm.command import CommandClient
 
 KINDS = ("command", "pyslurm")
-# An interpreter that has pyslurm, where it is not slurmkit's own.
-_PYTHON = "SLURMKIT_PYSLURM_PYTHON"
 
 
 def connect(kind: str | None = None) -> SlurmClient:
     """The client of that kind, by default the one that SLURMKIT_CLIENT names, or else `command`.
 
-    `command` is Slurm's own commands. `pyslurm` reads and controls jobs through pyslurm, and falls back to the commands
-    where that cannot be. UserError for an unknown kind, and without sbatch on PATH.
+    `command` is Slurm's own commands. `pyslurm` reads and controls jobs through pyslurm, in this interpreter or in the
+    one that SLURMKIT_PYSLURM_PYTHON names, and falls back to the commands where that cannot be. UserError for an
+    unknown kind, and without sbatch on PATH.
     """
     kind = kind or os.environ.get("SLURMKIT_CLIENT") or "command"
     if kind not in KINDS:
@@ -28,4 +27,4 @@ def connect(kind: str | None = None) -> SlurmClient:
         return commands
     from slurmkit.slurm.native import NativeClient
 
-    return NativeClient(commands, os.environ.get(_PYTHON) or sys.executable)
+    return NativeClient(commands, os.environ.get("SLURMKIT_PYSLURM_PYTHON") or sys.executable)

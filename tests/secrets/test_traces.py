@@ -131,9 +131,9 @@ def test_secrets_reach_the_driver_and_ray_s_workers_and_leave_no_trace(
     for node in ("node1", "node2"):
         assert plain_cluster.on_node(node, "sh", "-c", "stat -c %a /tmp/sk-*") == "700\n"
 
-    plain_cluster.on_node("node1", "pkill", "-TERM", "-f", "^[^ ]*python -m slurmkit.grpo")
+    plain_cluster.ask("scancel", job_id)
     wait_for_end(plain_cluster, job_id)
-    assert "the command failed with exit code" in (run_dir / f"slurm-{job_id}.out").read_text()
+    assert "ended by Slurm" in (run_dir / f"slurm-{job_id}.out").read_text()
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert traces.everywhere(canaries, running=False) == expected
     assert open_to_others(run_dir) == []

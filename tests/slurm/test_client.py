@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -78,11 +77,9 @@ def submit(slurm: Callable[..., str], folder: Path) -> Iterator[Callable[..., st
         commands.cancel(job_id)
 
 
-def python_with_pyslurm() -> str:
-    named = os.environ.get("SLURMKIT_TEST_PYSLURM_PYTHON")
-    if not named and importlib.util.find_spec("pyslurm") is None:
-        pytest.skip("no pyslurm of this Slurm's release here: SLURMKIT_TEST_PYSLURM_PYTHON names a Python that has it")
-    return named or sys.executable
+def need_pyslurm() -> None:
+    if not os.environ.get("SLURMKIT_PYSLURM_PYTHON") and importlib.util.find_spec("pyslurm") is None:
+        pytest.skip("no pyslurm of this Slurm's release here: SLURMKIT_PYSLURM_PYTHON names a Python that has it")
 
 
 @pytest.fixture(params=["command", "pyslurm"])
@@ -90,7 +87,8 @@ def client(slurm: Callable[..., str], request: pytest.FixtureRequest) -> Iterato
     if request.param == "command":
         yield connect("command")
     else:
-        native = connect("pyslurm", python_with_pyslurm())
+        need_pyslurm()
+        native = connect("pyslurm")
         yield native
         assert isinstance(native, NativeClient)
         assert not native._given_up, "pyslurm, and not the commands in its place, has answered"
@@ -302,7 +300,8 @@ def test_hidden_partitions_are_told_to_an_ordinary_user_too(
 
 
 def test_both_clients_give_the_same_records(slurm: Callable[..., str], submit: Callable[..., str]) -> None:
-    commands, native = connect("command"), connect("pyslurm", python_with_pyslurm())
+    need_pyslurm()
+    commands, native = connect("command"), connect("pyslurm")
     jobs = [submit("sleep 300", "--nodes=2", "--cpus-per-task=2"), submit("true", "--array=0-9:3%1", "--hold")]
     jobs += [submit("exit 1"), submit("true", "--begin=now+1hour"), submit("true", "--partition=high")]
     until(lambda: state(jobs[0]) == "RUNNING" and state(jobs[2]) == "FAILED")

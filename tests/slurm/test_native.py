@@ -177,7 +177,9 @@ def test_a_missing_interpreter_and_a_choice_of_cluster_are_reasons_for_the_comma
     stand_in: Callable[..., Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(HEALTHY)
-    assert connect("pyslurm", "/no/such/python").nodes() == CommandClient().nodes()
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURMKIT_PYSLURM_PYTHON", "/no/such/python")
+        assert connect("pyslurm").nodes() == CommandClient().nodes()
     assert "/no/such/python does not start: No such file or directory" in capfd.readouterr().err
     monkeypatch.setattr(native, "_noticed", False)
     monkeypatch.setenv("SLURM_CLUSTERS", Path(os.environ["SLURM_CONF"]).parent.parent.name.removeprefix("slurmkit-"))
@@ -212,5 +214,5 @@ def test_nobody_gets_pyslurm_without_asking(stand_in: Callable[..., Path]) -> No
     assert isinstance(connect(), CommandClient)
     assert isinstance(connect("command"), CommandClient)
     assert time.monotonic() - started < 60
-    with pytest.raises(UserError, match="'rest' is no way to reach Slurm: it is auto, command or pyslurm"):
+    with pytest.raises(UserError, match="'rest' is no way to reach Slurm: it is command or pyslurm"):
         connect("rest")
