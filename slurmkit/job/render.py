@@ -13,7 +13,7 @@ import shlex
 import traceback
 from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from slurmkit import __version__
 from slurmkit.errors import UserError
 from slurmkit.job.spec import JobSpec
 
-PACKAGED = Path(str(files("slurmkit.templates")))
+PACKAGED = Path(import_module("slurmkit.templates").__path__[0])
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 
