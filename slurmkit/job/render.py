@@ -31,6 +31,7 @@ from markupsafe import Markup
 
 from slurmkit import __version__
 from slurmkit.errors import UserError
+from slurmkit.job.compiled import CompiledTemplates
 from slurmkit.job.spec import JobSpec
 
 PACKAGED = Path(import_module("slurmkit.templates").__path__[0])
@@ -73,6 +74,7 @@ def environment_for(folders: tuple[Path, ...]) -> SandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        bytecode_cache=CompiledTemplates(digest_of_templates(folders), [__file__]),
     )
     environment.filters.update(raw=_raw, words=_words, directive=_directive)
     return environment
