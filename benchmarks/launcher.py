@@ -84,8 +84,8 @@ time: 4:00:00
 gres: gpu:h100:8
 env: {OMP_NUM_THREADS: 8}
 """
-# What no job causes: nodes that tell the controller of themselves, and sdiag.
-NOT_OF_A_JOB = ("MESSAGE_NODE_REGISTRATION_STATUS", "REQUEST_STATS_INFO", "REQUEST_PING")
+# Not of a job: what nodes tell the controller of themselves and when all is over, and sdiag itself.
+NOT_OF_A_JOB = ("MESSAGE_EPILOG_COMPLETE", "MESSAGE_NODE_REGISTRATION_STATUS", "REQUEST_PING", "REQUEST_STATS_INFO")
 
 
 def environments(cache: Path) -> dict[str, Path]:
