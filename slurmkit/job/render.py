@@ -80,6 +80,7 @@ def environment_for(folders: tuple[Path, ...]) -> SandboxedEnvironment:
     return environment
 
 
+@cache
 def runtimes(environment: SandboxedEnvironment) -> list[str]:
     """The container runtimes that have a template."""
     inner = [name.removeprefix("container/") for name in environment.list_templates() if name.startswith("container/")]
