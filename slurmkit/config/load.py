@@ -21,6 +21,8 @@ from slurmkit.config.validate import validate
 from slurmkit.errors import UserError
 
 _WORD = re.compile(r"[\w.-]+")
+# An interpolation of a relative key, or of one that is only known when another interpolation is.
+_COMPUTED = re.compile(r"[{:,]\s*\.|[.{]\$\{|\}[\w.[]|\[")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -92,9 +94,9 @@ def _resolve(source: Source, path: Path) -> Source:
     if not open_texts:
         return source
     words = {tuple(word.split(".")) for text in open_texts.values() for word in _WORD.findall(text)}
-    # OmegaConf takes 0.1 ms per key, so it is given what its texts may speak of. A relative one could be of anything.
-    is_relative = any(word[0] == "" for word in words)
-    part = source.data if is_relative else _part(source.data, {*open_texts, *words})
+    # OmegaConf takes 0.1 ms per key, so it is given no more than its texts speak of.
+    is_clear = not any(_COMPUTED.search(text) for text in open_texts.values())
+    part = _part(source.data, {*open_texts, *words}) if is_clear else source.data
     resolved = _resolved(path, path.absolute().parent, json.dumps(part), tuple(os.environ.items()))
     return merge([source, Source(resolved, {})])
 
