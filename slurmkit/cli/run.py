@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.job.settle import settle
-from slurmkit.report.terminal import RunProgress
 from slurmkit.run.local import run_here
 
 _TAIL = 30
@@ -23,6 +21,10 @@ _TAIL = 30
 @click.pass_context
 def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
     """Train on this machine, without Slurm: the same run directory, the same driver."""
+    from rich.console import Console
+
+    from slurmkit.report.terminal import RunProgress
+
     # Whatever a project's file says: here is one node.
     settled = settle(request_from(context, words, {**options, "nodes": 1}), Path.cwd())
     secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase

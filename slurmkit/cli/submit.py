@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import settle
-from slurmkit.report.terminal import RunProgress
 from slurmkit.run import submit as queue
 from slurmkit.slurm.client import JobState
 from slurmkit.slurm.connect import connect
@@ -76,6 +74,10 @@ def command(
     log = job.run_dir / "attempts/latest/driver.log"
     click.echo(f"follow it      tail -F {shlex.join([str(job.output), str(log)])}")
     if wait:
+        from rich.console import Console
+
+        from slurmkit.report.terminal import RunProgress
+
         console = Console(soft_wrap=True, highlight=False, markup=False)
         with RunProgress(job.run_dir, console) as progress:
             end = queue.wait(

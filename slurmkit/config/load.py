@@ -7,7 +7,11 @@ first. Overrides are written in Hydra's grammar. As the schema knows every key, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,10 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.config.source import Key, Source, merge, put, read_yaml
 from slurmkit.config.validate import validate
 from slurmkit.errors import UserError
+
+_WORD = re.compile(r"[\w.-]+")
+# An interpolation of a relative key, or of one that is only known when another interpolation is.
+_COMPUTED = re.compile(r"[{:,]\s*\.|[.{]\$\{|\}[\w.[]|\[")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -72,6 +80,30 @@ def _apply(source: Source, text: str) -> None:
 
 
 def _resolve(source: Source, path: Path) -> Source:
+    texts = dict(_texts(source.data))
+    unset = sorted(key for key, text in texts.items() if text == "???")
+    if unset:
+        raise UserError(
+            "\n".join(
+                f"{'.'.join(key)} must be given ({source.origins.get(key, path)} leaves it open with ???): add "
+                f"{'.'.join(key)}=VALUE"
+                for key in unset
+            )
+        )
+    open_texts = {key: text for key, text in texts.items() if "${" in text}
+    if not open_texts:
+        return source
+    words = {tuple(word.split(".")) for text in open_texts.values() for word in _WORD.findall(text)}
+    # OmegaConf takes 0.1 ms per key, so it is given no more than its texts speak of.
+    is_clear = not any(_COMPUTED.search(text) for text in open_texts.values())
+    part = _part(source.data, {*open_texts, *words}) if is_clear else source.data
+    resolved = _resolved(path, path.absolute().parent, json.dumps(part), tuple(os.environ.items()))
+    return merge([source, Source(resolved, {})])
+
+
+@lru_cache(maxsize=8)
+def _resolved(path: Path, folder: Path, part: str, _environment: object) -> dict[str, Any]:
+    """All that a result depends on are arguments, so that the jobs of a sweep can share one."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -81,23 +113,33 @@ def _resolve(source: Source, path: Path) -> Source:
         "mul": lambda left, right: left * right,
         "div": lambda left, right: left / right,
         "max": lambda *terms: max(terms),
-        "config_dir": lambda: str(path.absolute().parent),
+        "config_dir": lambda: str(folder),
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
     try:
-        config = OmegaConf.create(source.data)
-        unset = sorted(OmegaConf.missing_keys(config))
-        if unset:
-            raise UserError(
-                "\n".join(
-                    f"{key} must be given ({source.origins.get(tuple(key.split('.')), path)} leaves it open with "
-                    f"???): add {key}=VALUE"
-                    for key in unset
-                )
-            )
-        data = OmegaConf.to_container(config, resolve=True)
+        resolved = OmegaConf.to_container(OmegaConf.create(json.loads(part)), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]} (key {error.full_key or '?'})") from None
-    assert isinstance(data, dict)
-    return Source({str(key): value for key, value in data.items()}, source.origins)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _texts(data: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    if isinstance(data, str):
+        yield key, data
+    elif isinstance(data, dict | list):
+        for name, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _texts(value, (*key, str(name)))
+
+
+def _part(data: dict[str, Any], wanted: set[Key], key: Key = ()) -> dict[str, Any]:
+    """The entries of `data` that are wanted, that lie below a wanted one, or that lead to one."""
+    part = {}
+    for name, value in data.items():
+        inner = (*key, name)
+        if any(inner[: len(each)] == each for each in wanted):
+            part[name] = value
+        elif any(each[: len(inner)] == inner for each in wanted):
+            part[name] = _part(value, wanted, inner) if isinstance(value, dict) else value
+    return part

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,22 @@ def parse_value(text: str) -> Any:
 
 def read_yaml(path: Path) -> Source:
     """Read one YAML mapping. UserError names the file and the line of whatever is wrong with it."""
+    # A copy, as the caller may change it: a sweep reads the same files for each of its jobs.
+    return merge([_parse(path, read_text(path))])
+
+
+def read_text(path: Path) -> str:
+    """A file's text. UserError where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _parse(path: Path, text: str) -> Source:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

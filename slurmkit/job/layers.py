@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slurmkit.config.source import Source, merge, parse_value, put, read_yaml
-from slurmkit.config.validate import known_keys, nearest, origin_of
+from slurmkit.config.validate import nearest, origin_of
 from slurmkit.errors import UserError
 from slurmkit.job.container import expand_places
 from slurmkit.job.spec import JobSpec
@@ -95,7 +95,7 @@ def absolute(path: str, directory: Path) -> str:
 def from_environment(environ: Mapping[str, str]) -> Source:
     """SLURMKIT_PARTITION=gpu sets partition, SLURMKIT_RAY__NUM_CPUS=4 sets ray.num_cpus. Values are read as in YAML."""
     source = Source({}, {})
-    sections = {name for name in known_keys(JobSpec) if "." not in name} | set(EXTRA_KEYS)
+    sections = {*JobSpec.model_fields, *EXTRA_KEYS}
     for name, text in sorted(environ.items()):
         if not name.startswith("SLURMKIT_") or name.removeprefix("SLURMKIT_") in _NOT_KEYS:
             continue

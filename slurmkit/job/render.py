@@ -13,7 +13,7 @@ import shlex
 import traceback
 from collections.abc import Iterable
 from functools import cache
-from importlib.resources import files
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from markupsafe import Markup
 
 from slurmkit import __version__
 from slurmkit.errors import UserError
+from slurmkit.job.compiled import CompiledTemplates
 from slurmkit.job.spec import JobSpec
 
-PACKAGED = Path(str(files("slurmkit.templates")))
+PACKAGED = Path(import_module("slurmkit.templates").__path__[0])
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 
@@ -73,11 +74,13 @@ def environment_for(folders: tuple[Path, ...]) -> SandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        bytecode_cache=CompiledTemplates(digest_of_templates(folders), [__file__]),
     )
     environment.filters.update(raw=_raw, words=_words, directive=_directive)
     return environment
 
 
+@cache
 def runtimes(environment: SandboxedEnvironment) -> list[str]:
     """The container runtimes that have a template."""
     inner = [name.removeprefix("container/") for name in environment.list_templates() if name.startswith("container/")]

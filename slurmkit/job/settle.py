@@ -122,7 +122,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         _refuse(site.refusals(spec, source))
     in_layers = [None if site is None else site.path, *(layer.path for layer in layers)]
     files = [path for path in in_layers if path is not None]
-    files += sorted({Path(match[1]) for place in config_origins.values() if (match := _FILE.fullmatch(place))})
+    files += map(Path, sorted({match[1] for place in config_origins.values() if (match := _FILE.fullmatch(place))}))
     return Settled(
         spec,
         {key: origin_of(source, tuple(key.split("."))) or "default" for key in _leaves(spec.model_dump(mode="json"))},

@@ -8,13 +8,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from slurmkit.config.section import Section
-from slurmkit.config.source import Key, Source, merge, put, read_yaml
+from slurmkit.config.source import Key, Source, merge, put, read_text, read_yaml
 from slurmkit.config.validate import known_keys, nearest, origin_of, validate
 from slurmkit.errors import UserError
 from slurmkit.job.container import Mount, expand_places
@@ -210,9 +211,14 @@ class Site:
 
 def read_site(path: Path) -> Site:
     """Read and check a site's file. UserError lists all that is wrong with it."""
+    return _checked(path, path.absolute().parent, read_text(path))
+
+
+@lru_cache(maxsize=8)
+def _checked(path: Path, folder: Path, text: str) -> Site:
+    """Once for all jobs of a sweep; `text` is what the file holds."""
     source = read_yaml(path)
     rules = validate(SiteFile, source)
-    folder = path.absolute().parent
     for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
         anchor_paths(data, folder, str(path))
     site = Site(path, rules, Source(rules.model_dump(), source.origins))

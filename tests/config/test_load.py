@@ -72,6 +72,31 @@ def test_interpolations_and_nemo_rl_resolvers_are_computed(base: Path) -> None:
     assert config.grpo.seed == 8
 
 
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [
+        ("${.num_prompts_per_step}", 8),
+        ("${grpo.val_period}", 3),
+        ("${.${oc.env:SK_WHICH}}", 3),
+        ("${grpo.${oc.env:SK_WHICH}}", 3),
+        ("${${oc.env:SK_FIRST}.val_period}", 3),
+        ("${grpo[val_period]}", 3),
+        ("${mul:${grpo.val_period},${policy.train_global_batch_size}}", 192),
+        ("${oc.select:grpo.nothing,7}", 7),
+        ("${oc.decode:${oc.env:SK_SEED}}", 5),
+    ],
+)
+def test_an_interpolation_finds_what_it_speaks_of_however_it_is_written(
+    base: Path, monkeypatch: pytest.MonkeyPatch, text: str, seed: int
+) -> None:
+    for name, value in {"WHICH": "val_period", "FIRST": "grpo", "SEED": "4"}.items():
+        monkeypatch.setenv(f"SK_{name}", value)
+    base.with_name("child.yaml").write_text(f"defaults: {base.name}\ngrpo: {{val_period: 3, seed: '{text}'}}\n")
+    load_config(base.with_name("child.yaml"))
+    monkeypatch.setenv("SK_SEED", "5")
+    assert load_config(base.with_name("child.yaml")).grpo.seed == seed
+
+
 def test_config_dir_is_the_folder_of_the_file(base: Path) -> None:
     config = load_config(base, ["checkpointing.checkpoint_dir=${config_dir:}/out"])
     assert config.checkpointing.checkpoint_dir == f"{base.parent}/out"
