@@ -6,6 +6,7 @@ say so: `{{ line | raw }}`.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -15,22 +16,13 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from jinja2 import (
-    ChoiceLoader,
-    FileSystemLoader,
-    PrefixLoader,
-    StrictUndefined,
-    TemplateError,
-    TemplateSyntaxError,
-    Undefined,
-)
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import ChoiceLoader, PrefixLoader, TemplateSyntaxError
 from markupsafe import Markup
 
 from slurmkit import __version__
 from slurmkit.errors import UserError
+from slurmkit.job.sandbox import Folder, Sandbox, bounded, quote
 from slurmkit.job.spec import JobSpec
 
 PACKAGED = Path(str(files("slurmkit.templates")))
@@ -49,36 +41,35 @@ def render(spec: JobSpec, folders: tuple[Path, ...] = ()) -> str:
             f"container.runtime: {spec.container.runtime!r} has no template container/{spec.container.runtime}.sh.j2; "
             f"there are {', '.join(known)}"
         )
-    try:
-        return environment.get_template("job.sbatch.j2").render(
-            spec=spec,
-            version=__version__,
-            spec_digest=digest_of_spec(spec),
-            templates_digest=digest_of_templates(folders),
-        )
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"{_place_of(error) or PACKAGED}: the template cannot be rendered: {error}") from error
+    with bounded():
+        try:
+            return environment.get_template("job.sbatch.j2").render(
+                spec=spec,
+                version=__version__,
+                spec_digest=digest_of_spec(spec),
+                templates_digest=digest_of_templates(folders),
+            )
+        except Exception as error:
+            place = _place_of(error)
+            if place is None:
+                raise
+            said = str(error) or type(error).__name__
+            raise UserError(f"{place}: the template cannot be rendered: {said}") from error
 
 
 @cache
-def environment_for(folders: tuple[Path, ...]) -> SandboxedEnvironment:
-    """Jinja2 with our rules. A name is looked up folder by folder; `slurmkit/NAME` is always the packaged file."""
-    packaged = FileSystemLoader(PACKAGED)
-    environment = SandboxedEnvironment(
-        loader=ChoiceLoader([*map(FileSystemLoader, folders), packaged, PrefixLoader({"slurmkit": packaged})]),
-        undefined=StrictUndefined,
-        # Autoescape marks the output of blocks and macros, so that `finalize` can tell it from a value.
-        autoescape=True,
-        finalize=_quote,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(raw=_raw, words=_words, directive=_directive)
-    return environment
+def environment_for(folders: tuple[Path, ...]) -> Sandbox:
+    """Jinja2 with our rules. A name is looked up folder by folder, strongest first, and then among the packaged files.
+
+    `slurmkit/NAME` is always the packaged file, `site/NAME` the one below the strongest folder's.
+    """
+    packaged = Folder(PACKAGED)
+    chain = [*map(Folder, folders), packaged]
+    prefixes = PrefixLoader({"slurmkit": packaged, "site": ChoiceLoader(chain[1:] or chain)})
+    return Sandbox(ChoiceLoader([*chain, prefixes]), {"raw": _raw, "words": _words, "directive": _directive})
 
 
-def runtimes(environment: SandboxedEnvironment) -> list[str]:
+def runtimes(environment: Sandbox) -> list[str]:
     """The container runtimes that have a template."""
     inner = [name.removeprefix("container/") for name in environment.list_templates() if name.startswith("container/")]
     return sorted(name.removesuffix(".sh.j2") for name in inner if name.endswith(".sh.j2"))
@@ -103,24 +94,21 @@ def digest_of_templates(folders: tuple[Path, ...]) -> str:
     """sha256 over all templates that a job could be rendered from, wherever their folders lie."""
     digest = hashlib.sha256()
     for folder in (*folders, PACKAGED):
-        for path in sorted(folder.rglob("*.j2")):
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+        for name in names_in(folder):
+            digest.update(f"{name}\0".encode() + (folder / name).read_bytes() + b"\0")
         digest.update(b"\0")
     return digest.hexdigest()
 
 
-def _quote(value: Any) -> Any:
-    if isinstance(value, Undefined):
-        return str(value)  # a StrictUndefined raises here, with the name that is missing
-    if hasattr(value, "__html__"):
-        return value
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise TypeError(f"a template puts out {value!r}: only text and whole numbers can stand in a script")
-    return Markup(shlex.quote(str(value)))
+def names_in(folder: Path) -> list[str]:
+    """The names of a folder's templates, in order."""
+    found = glob.iglob("**/*.j2", root_dir=folder, recursive=True, include_hidden=True)
+    return sorted(name for name in found if (folder / name).is_file())
 
 
-def _raw(value: object) -> Markup:
+def _raw(value: str | int) -> Markup:
     """Text that is code already."""
+    quote(value)
     return Markup(str(value))
 
 
