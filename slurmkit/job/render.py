@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -29,12 +29,12 @@ PACKAGED = Path(str(files("slurmkit.templates")))
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 
-def render(spec: JobSpec, folders: tuple[Path, ...] = ()) -> str:
+def render(spec: JobSpec, folders: tuple[Path, ...] = (), kind: Callable[..., Sandbox] = Sandbox) -> str:
     """The sbatch file. Same spec, same templates: same bytes. UserError names a broken template's file and line.
 
     `folders` hold a project's and a site's templates, strongest first; the packaged ones come last.
     """
-    environment = environment_for(folders)
+    environment = environment_for(folders, kind)
     known = runtimes(environment)
     if spec.container.runtime not in known:
         raise UserError(
@@ -50,7 +50,7 @@ def render(spec: JobSpec, folders: tuple[Path, ...] = ()) -> str:
                 templates_digest=digest_of_templates(folders),
             )
         except Exception as error:
-            place = _place_of(error)
+            place = place_of(error)
             if place is None:
                 raise
             said = str(error) or type(error).__name__
@@ -58,7 +58,7 @@ def render(spec: JobSpec, folders: tuple[Path, ...] = ()) -> str:
 
 
 @cache
-def environment_for(folders: tuple[Path, ...]) -> Sandbox:
+def environment_for(folders: tuple[Path, ...], kind: Callable[..., Sandbox] = Sandbox) -> Sandbox:
     """Jinja2 with our rules. A name is looked up folder by folder, strongest first, and then among the packaged files.
 
     `slurmkit/NAME` is always the packaged file, `site/NAME` the one below the strongest folder's.
@@ -66,7 +66,7 @@ def environment_for(folders: tuple[Path, ...]) -> Sandbox:
     packaged = Folder(PACKAGED)
     chain = [*map(Folder, folders), packaged]
     prefixes = PrefixLoader({"slurmkit": packaged, "site": ChoiceLoader(chain[1:] or chain)})
-    return Sandbox(ChoiceLoader([*chain, prefixes]), {"raw": _raw, "words": _words, "directive": _directive})
+    return kind(ChoiceLoader([*chain, prefixes]), {"raw": _raw, "words": _words, "directive": _directive})
 
 
 def runtimes(environment: Sandbox) -> list[str]:
@@ -75,7 +75,7 @@ def runtimes(environment: Sandbox) -> list[str]:
     return sorted(name.removesuffix(".sh.j2") for name in inner if name.endswith(".sh.j2"))
 
 
-def _place_of(error: Exception) -> str | None:
+def place_of(error: Exception) -> str | None:
     """File and line in a template: a syntax error knows them, any other has them in its traceback."""
     if isinstance(error, TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"

@@ -68,6 +68,11 @@ def _concat(values: Iterable[Any], separator: str = "") -> str:
     return Markup(str(between).join(map(str, quoted)))
 
 
+def _string(value: Any) -> str:
+    """The text of a number or of a section of the spec; that of any other object could hold an address in memory."""
+    return str(value) if isinstance(value, BaseModel) else value if isinstance(value, Markup) else _concat([value])
+
+
 def _replace(text: str, old: str, new: str) -> str:
     """`{{ super() | replace(old, new) }}`: `new` is quoted in code, unless it is raw."""
     if isinstance(text, Markup):
@@ -103,7 +108,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals = {name: self.globals[name] for name in _GLOBALS}
         self.filters = {name: FILTERS[name] for name in _FILTERS}
         self.filters |= {"upper": str.upper, "lower": str.lower, "trim": str.strip}
-        self.filters |= {"concat": _concat, "join": _concat, "replace": _replace, **filters}
+        self.filters |= {"string": _string, "concat": _concat, "join": _concat, "replace": _replace, **filters}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Nothing of pydantic's own (some of it reads files), no str.format, and no method of code, which is HTML's."""
@@ -215,23 +220,22 @@ def _lines_of(part: nodes.Node) -> list[int]:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Limits on time and memory, so that no template holds a login node up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + _MEMORY if soft == resource.RLIM_INFINITY else min(soft, used + _MEMORY)
-    in_main = threading.current_thread() is threading.main_thread()
+    """Limits on time and memory, so that no template holds a login node up. They are a process's: main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def late(number: int, frame: FrameType | None) -> None:
         raise SecurityError(f"takes more than {DEADLINE} s")
 
-    before = signal.signal(signal.SIGALRM, late) if in_main else None
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + _MEMORY
+    before = signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(soft, limit), hard))
     try:
-        if in_main:
-            signal.setitimer(signal.ITIMER_REAL, DEADLINE)
+        signal.setitimer(signal.ITIMER_REAL, DEADLINE)
         yield
     finally:
-        if in_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

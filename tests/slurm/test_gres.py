@@ -210,7 +210,7 @@ ACCEPTED: dict[str, list[object]] = {
     "reservation": ["maintenance"],
     "constraint": ["ib", "ib&big", "ib|big", "[ib|big]"],
     "prefer": ["big"],
-    "nodelist": ["node[2-3]", "node1"],
+    "nodelist": ["node[2-3]", "node[1,4]"],
     "exclude": ["node1", "node[1-2],node4"],
     "exclusive": [True, "user", "mcs"],
     "gres": ["gpu", "gpu:8", "gpu:h100:8", "gpu:a100", "gpu:h100:4,gpu:a100:4", "shard:4", "shard"],
