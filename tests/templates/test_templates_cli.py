@@ -76,7 +76,7 @@ def test_diff_shows_the_blocks_that_an_override_changes_and_whole_files_else(bel
         "+container=(nice)",
         f"--- {PACKAGED}/job.sbatch.j2 block directives",
         f"+++ {site}/job.sbatch.j2 block directives",
-        "@@ -3,3 +3,4 @@",
+        "@@ -2,3 +2,4 @@",
         " #SBATCH --{{ option | raw }}{% if value is not none %}={{ value | directive }}{% endif %}",
         " ",
         " {% endfor %}",
