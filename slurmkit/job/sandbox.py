@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -195,6 +194,8 @@ def _check_inheritance(environment: Sandbox, tree: nodes.Template, name: str, fi
         parent = above_tree.find(nodes.Extends)
     for node in tree.body:
         if isinstance(node, nodes.Block) and node.name not in known:
+            from difflib import get_close_matches
+
             close = get_close_matches(node.name, known, n=1)
             raise TemplateSyntaxError(
                 f"the block {node.name!r} overrides nothing; "
