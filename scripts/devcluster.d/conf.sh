@@ -61,8 +61,8 @@ without_site_settings() {
       sub(/[ \t]*[= ].*/, "", line); sub(/^[ \t]*/, "", line)
       return tolower(line)
     }
-    NR == FNR { if ($0 !~ /^[ \t]*(#|$)/) site[key($0)]; next }
-    !(key($0) in site)
+    NR == FNR { if ($0 !~ /^[ \t]*(#|$)/) site[key($0)]; if (key($0) ~ /^nodename:node/) nodes = 1; next }
+    !(key($0) in site) && !(nodes && key($0) ~ /^nodename:/)
   ' <(printf '%s\n' "$SITE_CONF") -
 }
 

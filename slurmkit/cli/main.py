@@ -20,6 +20,7 @@ _COMMANDS = {
     "doctor": "Check this machine, or nodes of a cluster, for what a job needs.",
     "check": "Tell whether written sbatch files are still what rendering makes of their sources.",
     "verify": "Compare a job's script in Slurm with the files on disk and in git.",
+    "templates": "See and check the templates that jobs are rendered from.",
 }
 
 

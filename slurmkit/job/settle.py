@@ -94,11 +94,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     source = _over_site(site, requested)
     if site is not None:
         _refuse([*site.locks_and_requirements(source), *site.add_to(source)])
-    templates = _take_path(source, "templates", directory)
-    folders = [path for path in (templates, None if site is None else site.templates) if path is not None]
-    for path in folders:
-        if not path.is_dir():
-            raise UserError(f"templates: {path}: no such folder")
+    folders = _take_folders(source, site, directory)
     results_dir = _take_path(source, "results_dir", directory) or directory / "results"
     in_file = _take_path(source, "config", directory)
     config = request.config or in_file
@@ -126,7 +122,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     return Settled(
         spec,
         {key: origin_of(source, tuple(key.split("."))) or "default" for key in _leaves(spec.model_dump(mode="json"))},
-        tuple(folders),
+        folders,
         tuple(dict.fromkeys(path.absolute() for path in files)),
         train,
         config_origins,
@@ -222,6 +218,22 @@ def _over_site(site: Site | None, requested: Source) -> Source:
         if isinstance(entries, dict):
             source.data[key] = {name: value for name, value in entries.items() if value is not None}
     return source
+
+
+def template_folders(request: Request, directory: Path, environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
+    """The folders of templates that a job submitted from here is rendered from, strongest first, without our own."""
+    site = _site(environ)
+    requested = _lay(list(_layers(request, directory, environ, site)))
+    return _take_folders(_over_site(site, requested), site, directory)
+
+
+def _take_folders(source: Source, site: Site | None, directory: Path) -> tuple[Path, ...]:
+    templates = _take_path(source, "templates", directory)
+    folders = [path for path in (templates, None if site is None else site.templates) if path is not None]
+    for path in folders:
+        if not path.is_dir():
+            raise UserError(f"templates: {path}: no such folder")
+    return tuple(dict.fromkeys(folders))
 
 
 def _take_path(source: Source, key: str, directory: Path) -> Path | None:
