@@ -61,13 +61,11 @@ def specs(known: list[str]) -> dict[str, JobSpec]:
         "setup and epilogue": {"prologue": ["ulimit -l unlimited"], "setup": ["true"], "epilogue": ["date", "false"]},
         "ray": {"ray": {"num_cpus": 4, "object_store_memory": 10**9, "start_timeout": 60}},
         "signal and requeue": {"signal": "B:USR2@300", "requeue": False, "sbatch": {"licenses": "a:1", "hold": True}},
+        "secrets": {"secrets": {name: {"env": name} for name in ("HF_TOKEN", "WANDB_API_KEY")}},
         **{f"GRES: {form}": keys for form, keys in _GRES.items()},
     }
-    if "secrets" in JobSpec.model_fields:
-        table["secrets"] = {"secrets": {"HF_TOKEN": {"env": "HF_TOKEN"}}}
-    has_images = "image" in type(JobSpec.model_fields["container"].default).model_fields
     for runtime in known:
-        image: dict[str, Any] = {"image": "/images/a b.sqsh"} if runtime != "none" and has_images else {}
+        image: dict[str, Any] = {"image": "/images/a b.sqsh"} if runtime != "none" else {}
         table[f"runtime {runtime}"] = {"nodes": 2, "container": {"runtime": runtime, **image}}
     minimal = {"name": "check", "python": "python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
     return {name: JobSpec.model_validate({**minimal, **keys}) for name, keys in table.items()}

@@ -36,8 +36,9 @@ exec "$@"
 """,
     "ray": """#!/bin/bash
 [[ $1 == start ]] || exit 0
-for word in "$@"; do [[ $word != --temp-dir=* ]] || folder=${word#*=}; done
-mkdir -p "$folder" && echo 127.0.0.1:1 >"$folder/ray_current_cluster"
+for word in "$@"; do
+  [[ $word != --temp-dir=* ]] || { mkdir -p "${word#*=}"; echo 127.0.0.1:1 >"${word#*=}/ray_current_cluster"; }
+done
 "${0%/*}/raylet" -c 'sleep "$1"; :' raylet "$CHECK_RAYLET" </dev/null >/dev/null 2>&1 &
 until [[ $(<"/proc/$!/comm") == raylet ]]; do sleep 0.01; done
 """,
@@ -146,12 +147,12 @@ def _run(act: _Act, folder: Path, rendered: Callable[[JobSpec], Traced]) -> Iter
 
 
 def _spec(folder: Path, run_dir: Path, keys: dict[str, Any]) -> JobSpec:
-    secrets = {"secrets": {"HF_TOKEN": {"env": "HF_TOKEN"}}} if "secrets" in JobSpec.model_fields else {}
     return JobSpec.model_validate(
         {
             **{"name": "check", "python": str(folder / "bin/python3"), "workdir": str(folder), "run_dir": str(run_dir)},
             **{"command": [str(folder / "bin/driver"), *HOSTILE], "env": {"V": "".join(HOSTILE)}, "config": "a: 1\n"},
-            **{"setup": ["true"], "epilogue": ["false", "exit 3"], **secrets},
+            **{"setup": ["true"], "epilogue": ["false", "exit 3"]},
+            "secrets": {"HF_TOKEN": {"env": "HF_TOKEN"}},
             **{"ray": {"num_cpus": 1, "object_store_memory": 80_000_000, "start_timeout": 20}, **keys},
         }
     )

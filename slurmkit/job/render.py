@@ -100,7 +100,10 @@ def digest_of_templates(folders: tuple[Path, ...]) -> str:
     digest = hashlib.sha256()
     for folder in (*folders, PACKAGED):
         for name in names_in(folder):
-            digest.update(f"{name}\0".encode() + (folder / name).read_bytes() + b"\0")
+            try:
+                digest.update(f"{name}\0".encode() + (folder / name).read_bytes() + b"\0")
+            except OSError as error:
+                raise UserError(f"{folder / name}: the template cannot be read: {error.strerror}") from None
         digest.update(b"\0")
     return digest.hexdigest()
 

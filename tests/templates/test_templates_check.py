@@ -149,7 +149,7 @@ def test_a_traced_rendering_is_the_rendering_and_knows_where_each_line_comes_fro
     assert traced.place(lines.index("# mine too") + 1) == (f"{tmp_path}/{JOB}", "environment")
     for text, file, inside in (
         ('export PATH=/usr/bin:"$PATH"', JOB, "environment"),
-        ("umask 077; ulimit -Sc 0  # a core file would hold the environment", JOB, ""),
+        ("set -euo pipefail", JOB, ""),
         ("container=()  # straight on the node", "container/none.sh.j2", "launch"),
         ('exit "$code"', JOB, "epilogue"),
     ):
