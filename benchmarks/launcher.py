@@ -84,8 +84,10 @@ time: 4:00:00
 gres: gpu:h100:8
 env: {OMP_NUM_THREADS: 8}
 """
-# Not of a job: what nodes tell the controller of themselves and when all is over, and sdiag itself.
-NOT_OF_A_JOB = ("MESSAGE_EPILOG_COMPLETE", "MESSAGE_NODE_REGISTRATION_STATUS", "REQUEST_PING", "REQUEST_STATS_INFO")
+# sdiag's own, and what nodes tell the controller of themselves, whoever submitted: up to 7 nodes report the end of any
+# job step one by one, more of them together (REVERSE_TREE_WIDTH).
+NOT_COUNTED = ("MESSAGE_EPILOG_COMPLETE", "MESSAGE_NODE_REGISTRATION_STATUS", "REQUEST_PING", "REQUEST_STATS_INFO")
+NOT_COUNTED += ("REQUEST_STEP_COMPLETE",)
 
 
 def environments(cache: Path) -> dict[str, Path]:
@@ -168,7 +170,7 @@ def requests(slurmkit: Path, nodes: int, here: Path) -> dict[str, int]:
     time.sleep(2)
     counted = _output("sdiag").partition("by message type")[2].partition("by user")[0]
     found = {kind: int(count) for kind, count in re.findall(r"(\w+)\s+\(\s*\d+\) count:(\d+)", counted)}
-    return {kind: count for kind, count in sorted(found.items()) if kind not in NOT_OF_A_JOB}
+    return {kind: count for kind, count in sorted(found.items()) if kind not in NOT_COUNTED}
 
 
 def _output(*command: str) -> str:
