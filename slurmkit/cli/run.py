@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ _TAIL = 30
 def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
     """Train on this machine, without Slurm: the same run directory, the same driver."""
     # Whatever a project's file says: here is one node.
-    settled = settle(request_from(context, words, {**options, "nodes": 1}), Path.cwd())
+    request = replace(request_from(context, words, {**options, "nodes": 1}), local=True)
+    settled = settle(request, Path.cwd())
     secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase
     run_dir = Path(settled.spec.run_dir)
     console = Console(soft_wrap=True, highlight=False)

@@ -240,7 +240,8 @@ class Cluster(Section):
     num_nodes: Count = 1
     """Nodes to train on."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
-    """Policy ranks and engines per node, one of each on every GPU; 0 is one of each on the CPU."""
+    """Policy ranks and engines per node, one of each on every GPU; 0 is one of each on the CPU. Left
+    out, a job's own number of GPUs per node, and 1 in `slurmkit run`."""
     placement_timeout_seconds: Seconds = 120.0
     """How long Ray may take to find room for all of them."""
     call_timeout_seconds: Seconds = 1800.0
