@@ -34,7 +34,7 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
     if settled.train is not None:
         click.echo(f"\n# the training configuration, from {settled.origins['config']}")
         for key, value in _flat(settled.train.model_dump(mode="json")):
-            _line(key, value, _train_origin(settled, key))
+            _line(key, value, settled.config_origins.get(key, "default"))
 
 
 def _as_json(settled: Settled) -> dict[str, Any]:
@@ -48,15 +48,8 @@ def _as_json(settled: Settled) -> dict[str, Any]:
     if settled.train is not None:
         train = settled.train.model_dump(mode="json")
         result["config"] = train
-        result["config_origins"] = {key: _train_origin(settled, key) for key, _ in _flat(train)}
+        result["config_origins"] = {key: settled.config_origins.get(key, "default") for key, _ in _flat(train)}
     return result
-
-
-def _train_origin(settled: Settled, key: str) -> str:
-    if key in settled.config_origins:
-        return settled.config_origins[key]
-    filled = {"cluster.num_nodes": "nodes", "checkpointing.checkpoint_dir": "run_dir"}
-    return f"the job's {filled[key]}" if key in filled else "default"
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

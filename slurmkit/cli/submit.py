@@ -13,7 +13,9 @@ from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import settle
+from slurmkit.job.spec import JobSpec
 from slurmkit.run import submit as queue
+from slurmkit.run.forecast import cost, start
 from slurmkit.slurm.client import JobState
 from slurmkit.slurm.connect import connect
 
@@ -53,9 +55,9 @@ def command(
         script = render(settled.spec, settled.templates)
     client = connect()
     if dry_run:
-        queue.check(settled, script, client)
-        settled.read_secrets()
+        ready = queue.check(settled, script, client)
         click.echo(script, nl=False)
+        _forecast(settled.spec, ready, err=True)
         click.echo(
             f"dry run: nothing submitted, nothing written; the run directory would be {settled.spec.run_dir}",
             err=True,
@@ -69,6 +71,7 @@ def command(
         )
     job = queue.submit(settled, script, client, provenance)
     click.echo(f"job            {job.job_id}")
+    _forecast(settled.spec, job.ready)
     click.echo(f"rendered file  {job.script}")
     click.echo(f"run directory  {job.run_dir}")
     log = job.run_dir / "attempts/latest/driver.log"
@@ -91,6 +94,13 @@ def command(
                 err=True,
             )
         sys.exit(end.code)
+
+
+def _forecast(spec: JobSpec, ready: queue.Ready, err: bool = False) -> None:
+    for warning in ready.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"cost           {cost(spec)}", err=err)
+    click.echo(f"start          {start(spec, ready.estimate)}", err=err)
 
 
 def _in_words(job: JobState) -> str:

@@ -77,6 +77,8 @@ def _apply(source: Source, text: str) -> None:
     if not isinstance(parent, dict) or key[-1] not in parent:
         raise UserError(f"the override {text!r} removes a key that the configuration does not set")
     del parent[key[-1]]
+    for inner in [known for known in source.origins if known[: len(key)] == key]:
+        del source.origins[inner]
 
 
 def _resolve(source: Source, path: Path) -> Source:

@@ -13,8 +13,10 @@ from pydantic import Field, model_validator
 from slurmkit.config.section import Section
 
 Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+# A year: what waits must have a deadline, and timers overflow far above.
+Seconds = Annotated[float, Field(gt=0, le=31_536_000)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Grpo(Section):
@@ -40,7 +42,7 @@ class Grpo(Section):
     """Validation tasks, at most; null is all of them."""
     max_steps_without_signal: Count | None = 10
     """Give up after so many steps in a row in which no group had a right and a wrong answer; null never does."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
     """Everything random follows from it: the order of tasks, every sampled token, a model made from scratch."""
 
     @model_validator(mode="after")
@@ -77,13 +79,13 @@ class Checkpointing(Section):
 
 
 class OptimizerKwargs(Section):
-    lr: Annotated[float, Field(gt=0)] = 5e-6
+    lr: Positive = 5e-6
     """Learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Decoupled weight decay."""
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), strict=False)
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), strict=False)
     """Decay of the two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
 
 
@@ -97,7 +99,7 @@ class Optimizer(Section):
 class Generation(Section):
     backend: Literal["torch"] = "torch"
     """The engine: torch is the embedded one."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Positive = 1.0
     """Logits are divided by it, in the engine and in the loss; validation samples at the same one."""
     max_new_tokens: Count | None = None
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
@@ -122,7 +124,7 @@ class FromScratch(Section):
     """Steps of supervised training on the environment's demonstrations, so that some first answers are right."""
     supervised_batch_size: Count = 64
     """Demonstrations per supervised step."""
-    supervised_lr: Annotated[float, Field(gt=0)] = 2e-3
+    supervised_lr: Positive = 2e-3
     """Peak learning rate of the supervised steps."""
 
     @model_validator(mode="after")
@@ -238,7 +240,8 @@ class Cluster(Section):
     num_nodes: Count = 1
     """Nodes to train on."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
-    """Policy ranks and engines per node, one of each on every GPU; 0 is one of each on the CPU."""
+    """Policy ranks and engines per node, one of each on every GPU; 0 is one of each on the CPU. Left
+    out, a job's own number of GPUs per node, and 1 in `slurmkit run`."""
     placement_timeout_seconds: Seconds = 120.0
     """How long Ray may take to find room for all of them."""
     call_timeout_seconds: Seconds = 1800.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
@@ -12,6 +13,7 @@ from slurmkit.config.source import Key, Source
 from slurmkit.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+_KEY = re.compile(r"[a-z]\w*(?:\.\w+)*")
 
 
 def validate(model: type[Model], source: Source) -> Model:
@@ -34,11 +36,27 @@ def _describe(model: type[BaseModel], source: Source, problem: dict[str, Any]) -
         return f"{name} is missing: it must be given"
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
-        return f"{name}: {message}{place}" if name else message
+        place = _places(source, key, message) or place
+        return f"{name}: {message}{place}" if name else message + place
     if problem["type"] == "too_short":
         return f"{name}: must not be empty{place}"
     message = problem["msg"].removeprefix("Input ")
     return f"{name}: {message}, not {_shown(problem['input'])}{place}"
+
+
+def _places(source: Source, section: Key, message: str) -> str:
+    """Where the keys were written that a message about several of them names, as `nodes (8)` or with its section."""
+    found: dict[str, str] = {}
+    for match in _KEY.finditer(message):
+        word = match[0]
+        if "." in word or "_" in word or message.startswith(" (", match.end()):
+            written = tuple(word.split("."))
+            origin = source.origins.get((*section, *written)) or source.origins.get(written)
+            if origin:
+                found[word] = origin
+    if len(found) == 1:
+        return f" ({next(iter(found.values()))})"
+    return f" ({'; '.join(f'{word}: {origin}' for word, origin in found.items())})" if found else ""
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from slurmkit.config.source import Source, merge, put
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
 from slurmkit.job.layers import Layer, absolute, anchor_paths, profile_layer, read_layers, site_file
-from slurmkit.job.secrets import as_mapping, read_secrets, refuse_tokens
+from slurmkit.job.secrets import as_mapping, read_secrets
 from slurmkit.job.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Request:
     profile: str | None = None
     partial: bool = False
     """Settle also where nothing says yet what runs."""
+    local: bool = False
+    """It runs here, without Slurm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,9 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     train: TrainConfig | None = None
     config_origins: dict[str, str] = {}
     if config is not None:
-        train, config_origins = _settle_training(config, overrides, source)
+        from slurmkit.job.training import settle_training
+
+        train, config_origins = settle_training(config, overrides, source, local=request.local)
     spec = validate(JobSpec, source)
     if site is not None:
         _refuse(site.refusals(spec, source))
@@ -285,46 +289,6 @@ def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]
         command = data["command"]
         name = os.path.basename(str(command[0])) if isinstance(command, list) and command else ""
     return re.sub(r"^[._+-]+|-+$", "", re.sub(r"[^A-Za-z0-9._+-]+", "-", name))[:100] or "run"
-
-
-def _settle_training(config: Path, overrides: Sequence[str], source: Source) -> tuple[TrainConfig, dict[str, str]]:
-    """The training configuration with what the job already says about nodes and places filled in."""
-    from slurmkit.config.compact import compact_yaml
-    from slurmkit.config.load import read_config
-    from slurmkit.config.schema import TrainConfig
-
-    read = read_config(config, overrides)
-    train = validate(TrainConfig, read)
-    nodes = source.data.get("nodes", JobSpec.model_fields["nodes"].default)
-    if "num_nodes" in train.cluster.model_fields_set and train.cluster.num_nodes != nodes:
-        raise UserError(
-            f"cluster.num_nodes is {train.cluster.num_nodes} in {config} but the job has nodes {nodes} "
-            f"({origin_of(source, ('nodes',)) or 'default'}): leave cluster.num_nodes out, or make them equal"
-        )
-    run_dir = str(source.data["run_dir"])
-    if "checkpoint_dir" in train.checkpointing.model_fields_set:
-        run_dir = absolute(train.checkpointing.checkpoint_dir, Path(source.data["workdir"]))
-    settled = train.model_dump()
-    settled["cluster"]["num_nodes"] = nodes
-    settled["checkpointing"]["checkpoint_dir"] = run_dir
-    for name in ("train", "validation"):
-        path = settled["data"][name]["data_path"]
-        if path is not None:
-            path = absolute(path, Path(source.data["workdir"]))
-            if not Path(path).is_file():
-                raise UserError(f"data.{name}.data_path: {path}: no such file")
-            settled["data"][name]["data_path"] = path
-    try:
-        refuse_tokens(settled)
-    except ValueError as error:
-        raise UserError(f"{error} ({config})") from None  # not where it was set, which may show the value
-    train = validate(TrainConfig, Source(settled, read.origins))
-    put(source, ("run_dir",), run_dir, read.origins.get(("checkpointing", "checkpoint_dir"), "results_dir and name"))
-    put(source, ("config",), compact_yaml(train.model_dump(mode="json")), f"{config}")
-    command = [source.data["python"], "-m", "slurmkit.grpo", f"--config={run_dir}/config.yaml"]
-    put(source, ("command",), command, "slurmkit's trainer")
-    origins = {".".join(key): place for key, place in read.origins.items()}
-    return train, origins
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

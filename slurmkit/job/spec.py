@@ -228,6 +228,19 @@ class JobSpec(Section):
         return sorted({*self.env, *self.secrets})
 
     @property
+    def gpus_on_node(self) -> int | None:
+        """GPUs that the job asks for on each node; None where Slurm alone knows.
+
+        That is on whole nodes, all of whose GPUs are the job's unless it says how many, and for GPUs by task or socket.
+        """
+        if self.gpus is not None:
+            return gpus_of(self.gpus) // self.nodes
+        raw = any(option.startswith(("gpus-", "tres-per-")) for option in self.sbatch)
+        if raw or (self.exclusive in (True, "topo") and not self.gres and not self.gpus_per_node):
+            return None
+        return self.total_gpus // self.nodes
+
+    @property
     def gpu_hours(self) -> float | None:
         """What the job may use up at most; None where it has no time limit of its own."""
         return None if self.time is None else self.total_gpus * minutes_of(self.time) / 60

@@ -64,7 +64,7 @@ class RunDirectory:
         path = self.path / "run.json"
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise Failure(f"{path} cannot be read: {error}") from None

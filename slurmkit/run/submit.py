@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,22 @@ from slurmkit.errors import Failure, UserError
 from slurmkit.job.render import digest_of_spec
 from slurmkit.job.settle import Settled
 from slurmkit.run.directory import RunDirectory
-from slurmkit.slurm.client import JobState, SlurmClient
+from slurmkit.run.preflight import look
+from slurmkit.slurm.client import Estimate, JobState, SlurmClient
 
 # Seconds between two looks at a waiting job, and how long Slurm may have forgotten it before that is an error.
 _POLL = 2.0
 _FORGOTTEN = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A job that nothing speaks against, as far as can be known before it is submitted."""
+
+    directory: RunDirectory
+    warnings: tuple[str, ...]
+    estimate: Estimate
+    secrets: Mapping[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +38,7 @@ class Submitted:
     job_id: str
     script: Path
     run_dir: Path
+    ready: Ready
 
     @property
     def output(self) -> Path:
@@ -40,13 +52,13 @@ def submit(settled: Settled, script: str, client: SlurmClient, provenance: Mappi
     `provenance` is recorded with the attempt.
     """
     spec = settled.spec
-    directory = check(settled, script, client)
-    secrets = settled.read_secrets()
+    ready = check(settled, script, client)
+    directory = ready.directory
     os.umask(int(spec.umask, 8))  # sbatch hands it on, so that the job's own output is made with it, too
     directory.prepare({"job.sbatch": script})
     path = directory.path / "job.sbatch"
     try:
-        job_id = client.submit(path, secrets)
+        job_id = client.submit(path, ready.secrets)
     except BaseException:
         directory.undo()
         raise
@@ -61,12 +73,35 @@ def submit(settled: Settled, script: str, client: SlurmClient, provenance: Mappi
     if stored != script.encode():
         client.cancel(job_id)
         raise Failure(f"the script that Slurm stored for job {job_id} differs from {path}; the job was cancelled")
-    return Submitted(job_id, path, directory.path)
+    return Submitted(job_id, path, directory.path, ready)
 
 
-def check(settled: Settled, script: str, client: SlurmClient) -> RunDirectory:
-    """What can be known before a submission, changing nothing: the name is this run's to use, and Slurm agrees."""
+def check(settled: Settled, script: str, client: SlurmClient) -> Ready:
+    """What can be known before a submission, changing nothing. UserError lists all that speaks against it."""
     directory = RunDirectory(Path(settled.spec.run_dir))
+    found = look(settled)
+    problems = [remark.text for remark in found if remark.is_problem]
+    try:
+        _refuse_in_use(directory, settled, client)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        estimate = client.test(script)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        # Nobody types a passphrase for a job that is refused anyway.
+        if not problems or all(source.command is None for source in settled.spec.secrets.values()):
+            secrets = settled.read_secrets()
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return Ready(directory, tuple(remark.text for remark in found), estimate, secrets)
+
+
+def _refuse_in_use(directory: RunDirectory, settled: Settled, client: SlurmClient) -> None:
+    """A name belongs to one run, and a run to one job at a time."""
     directory.refuse_other(settled.identity)
     for attempt in directory.attempts:
         job = client.job(attempt["job_id"]) if "job_id" in attempt else None
@@ -75,8 +110,6 @@ def check(settled: Settled, script: str, client: SlurmClient) -> RunDirectory:
                 f"{directory.path} belongs to job {job.job_id}, which is {job.state}; two jobs would write over "
                 f"each other: wait for it, cancel it (scancel {job.job_id}), or give this run another --name"
             )
-    client.test(script)
-    return directory
 
 
 def wait(client: SlurmClient, job_id: str, tell: Callable[[JobState], None], meanwhile: Callable[[], None]) -> JobState:

@@ -111,7 +111,7 @@ FLAGS = [
     (f"--config {EXAMPLE} grpo.seed=1,2", "is a sweep over several values; give one value"),
     (f"--config {EXAMPLE} grpo.seed=[", "is not Hydra's key=value"),
     (f"--config {EXAMPLE} ~grpo.nothing", "removes a key that the configuration does not set"),
-    (f"--config {EXAMPLE} cluster.num_nodes=3", "cluster.num_nodes is 3 in"),
+    (f"--config {EXAMPLE} cluster.num_nodes=3", "cluster.num_nodes is 3 (command line: cluster.num_nodes=3) but"),
     (f"--config {EXAMPLE} policy.train_global_batch_size=7", "must divide the 512 samples of a step"),
     (f"--config {EXAMPLE} policy.model_name=/x", "give exactly one of policy.model_name"),
     (f"--config {EXAMPLE} policy.from_scratch.hidden_size=65", "must be a multiple of twice num_attention_heads"),

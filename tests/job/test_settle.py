@@ -122,7 +122,7 @@ def test_settling_changes_nothing_on_disk(here: Path) -> None:
         ),
         (
             Request(config=Path("train.yaml"), overrides=("cluster.num_nodes=3",), flags={"nodes": 2}),
-            "cluster.num_nodes is 3 in train.yaml but the job has nodes 2 (command line: nodes)",
+            "cluster.num_nodes is 3 (command line: cluster.num_nodes=3) but the job has nodes 2 (command line: nodes)",
         ),
         (
             Request(

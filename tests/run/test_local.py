@@ -76,7 +76,7 @@ def test_a_project_s_node_count_does_not_reach_a_run_on_this_machine(here: Path)
     (here / "train.yaml").write_text(config)
     done = run(here, "--config", "train.yaml")
     assert done.returncode == 2
-    assert "cluster.num_nodes is 8 in train.yaml but the job has nodes 1" in done.stderr
+    assert "train.yaml:3) but the job has nodes 1 (command line: nodes)" in done.stderr
 
 
 def test_two_runs_at_once_do_not_share_a_directory(here: Path) -> None:

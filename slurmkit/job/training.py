@@ -1,0 +1,100 @@
+"""The training configuration of a job: what follows from the job is filled in, what does not fit it is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from slurmkit.config.compact import compact_yaml
+from slurmkit.config.load import read_config
+from slurmkit.config.schema import TrainConfig
+from slurmkit.config.source import Source, put
+from slurmkit.config.validate import origin_of, validate
+from slurmkit.errors import UserError
+from slurmkit.job.layers import absolute
+from slurmkit.job.secrets import refuse_tokens
+from slurmkit.job.spec import JobSpec
+
+GPUS_OF_JOB = "the job's GPUs per node"
+
+
+def settle_training(
+    config: Path, overrides: Sequence[str], source: Source, *, local: bool
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The settled configuration and the origin of each key that has no default; `source` gets what the job runs.
+
+    `local`: without Slurm, so that the GPUs asked for in the files say nothing about this machine.
+    """
+    read = read_config(config, overrides)
+    train = validate(TrainConfig, read)
+    try:
+        refuse_tokens(train.model_dump())
+    except ValueError as error:
+        raise UserError(f"{error} ({config})") from None  # not where it was set, which may show the value
+    if "checkpoint_dir" in train.checkpointing.model_fields_set:
+        run_dir = absolute(train.checkpointing.checkpoint_dir, Path(str(source.data["workdir"])))
+        put(source, ("run_dir",), run_dir, origin_of(read, ("checkpointing", "checkpoint_dir")) or str(config))
+    # The job without what follows from the configuration, so that what it says can be relied on.
+    job = validate(JobSpec, Source({**source.data, "command": ["slurmkit"]}, source.origins))
+    gpus = None if local else job.gpus_on_node
+    problems = [*_misfits(train, read, job, gpus, source), *_missing_data(train, read, job)]
+    if problems:
+        raise UserError("\n".join(problems))
+    settled = Source(train.model_dump(), dict(read.origins))
+    set_by = read.origins.get(("checkpointing", "checkpoint_dir"), "the job's run_dir")
+    put(settled, ("checkpointing", "checkpoint_dir"), job.run_dir, set_by)
+    if "num_nodes" not in train.cluster.model_fields_set:
+        put(settled, ("cluster", "num_nodes"), job.nodes, "the job's nodes")
+    if "gpus_per_node" not in train.cluster.model_fields_set and gpus is not None:
+        put(settled, ("cluster", "gpus_per_node"), gpus, GPUS_OF_JOB)
+    for name in ("train", "validation"):
+        path = settled.data["data"][name]["data_path"]
+        settled.data["data"][name]["data_path"] = path and absolute(path, Path(job.workdir))
+    train = validate(TrainConfig, settled)
+    put(source, ("config",), compact_yaml(train.model_dump(mode="json")), f"{config}")
+    command = [job.python, "-m", "slurmkit.grpo", f"--config={job.run_dir}/config.yaml"]
+    put(source, ("command",), command, "slurmkit's trainer")
+    return train, {".".join(key): place for key, place in settled.origins.items()}
+
+
+def _misfits(train: TrainConfig, read: Source, job: JobSpec, gpus: int | None, source: Source) -> Iterator[str]:
+    """What the configuration takes of nodes and GPUs that the job does not have. `gpus`: per node, where known."""
+
+    def origin(key: str) -> str:
+        written = read if "." in key else source
+        return origin_of(written, tuple(key.split("."))) or "default"
+
+    set_here = train.cluster.model_fields_set
+    nodes = f"nodes {job.nodes} ({origin('nodes')})"
+    if "num_nodes" in set_here and train.cluster.num_nodes != job.nodes:
+        yield (
+            f"cluster.num_nodes is {train.cluster.num_nodes} ({origin('cluster.num_nodes')}) but the job has {nodes}: "
+            "leave cluster.num_nodes out, or make them equal"
+        )
+    if gpus is None:
+        return
+    if job.gpus and job.total_gpus % job.nodes:
+        yield (
+            f"gpus {job.gpus} ({origin('gpus')}) cannot be shared out evenly over {nodes}, and every node trains on "
+            "as many: ask for gpus_per_node instead"
+        )
+    elif "gpus_per_node" in set_here and (asked := train.cluster.gpus_per_node) > gpus:
+        has = "no GPU"
+        if gpus:
+            key = next(key for key in ("gpus", "gpus_per_node", "gres") if getattr(job, key))
+            has = f"{gpus} per node ({key} {getattr(job, key)}, {origin(key)})"
+        yield (
+            f"cluster.gpus_per_node is {asked} ({origin('cluster.gpus_per_node')}) but the job asks for {has}: ask for "
+            f"as many (--gpus-per-node {asked}), or leave cluster.gpus_per_node out to train on what the job has"
+        )
+
+
+def _missing_data(train: TrainConfig, read: Source, job: JobSpec) -> Iterator[str]:
+    if job.container.runtime != "none":
+        return  # a path is the container's, into which only a node can look
+    for name, data in (("train", train.data.train), ("validation", train.data.validation)):
+        path = data.data_path and absolute(data.data_path, Path(job.workdir))
+        if path and not os.path.isfile(path):
+            origin = read.origins.get(("data", name, "data_path"))
+            yield f"data.{name}.data_path: {path} ({origin}): no such file; a relative path begins at {job.workdir}"
