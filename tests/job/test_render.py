@@ -70,6 +70,31 @@ SPECS = {
         ),
         Path("/w"),
     ).spec,
+    **{
+        f"in {runtime}": settle(
+            Request(
+                config=REPOSITORY / "examples/grpo_arithmetic.yaml",
+                flags={
+                    "nodes": 8,
+                    "time": "1-00:00:00",
+                    "partition": "gpu",
+                    "account": "alignment",
+                    "qos": "high",
+                    "gres": "gpu:h100:8",
+                    "cpus_per_task": 96,
+                    "exclusive": True,
+                    "comment": "grpo with eight nodes",
+                    "container": {"runtime": runtime, "image": "/images/rl.sqsh", "mounts": ["/data:/data:ro"]},
+                    "env": {"HF_HOME": "/scratch/hf", "NCCL_SOCKET_IFNAME": "ib0"},
+                    "secrets": {"HF_TOKEN": {"env": "HF_TOKEN"}, "WANDB_API_KEY": {"env": "WANDB_API_KEY"}},
+                    "setup": ["ulimit -l unlimited"],
+                    "epilogue": ["date"],
+                },
+            ),
+            Path("/w"),
+        ).spec
+        for runtime in ("pyxis", "apptainer", "podman")
+    },
     "example": settle(
         Request(config=REPOSITORY / "examples/grpo_arithmetic.yaml", flags={"nodes": 8}), Path("/w")
     ).spec,
