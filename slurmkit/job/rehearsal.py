@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -137,6 +138,7 @@ def _run(act: _Act, folder: Path, rendered: Callable[[JobSpec], Traced]) -> Iter
         )  # fmt: skip
         code = _attend(process, act, folder)
     left = _end(process, f"{job_id}.0")
+    rmtree(f"/tmp/sk-{job_id}.0", ignore_errors=True)  # the bring-up's, which a killed one leaves
     for blocks, what in _faults(act, code, left, folder, spec):
         yield Finding(act.title, what, traced, blocks=blocks)
     for name, what in (("unsafe", "set -euo pipefail does not hold"), ("traced", "the shell prints every value")):

@@ -45,7 +45,7 @@ NodeName=node[2-3] Name=gpu Type=a100 File=STATE/dev/nvidia[4-7]
 NodeName=node4 Name=gpu Type=h100 File=STATE/dev/nvidia[0-3]
 NodeName=node4 Name=shard Count=16
 """
-# As any driver would: what Ray has on each node, and the devices that a task with all of this node's GPUs is given.
+# As any driver would: what Ray has on each node, and the devices (0 to 3 are h100) that a task with a node's GPUs gets.
 SEEN = """
 import json, os, sys
 import ray
@@ -54,7 +54,7 @@ seen = {"nodes": {n["NodeManagerHostname"]: [n["Resources"]["CPU"], n["Resources
 if sys.argv[1:]:
     @ray.remote(num_cpus=0, num_gpus=int(sys.argv[1]))
     def devices():
-        return sorted(os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        return sorted(["h100", "a100"][int(device) // 4] for device in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
     seen["devices"] = ray.get(devices.remote())
 print(json.dumps(seen))
 """
@@ -98,17 +98,17 @@ FORMS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
     ),
     "two types on each node": (
         {"gres": "gpu:h100:2,gpu:a100:2", "nodes": "2", "cpus_per_task": "2"},
-        {"nodes": {"node2": [2, 4], "node3": [2, 4]}, "devices": ["0", "1", "4", "5"]},
+        {"nodes": {"node2": [2, 4], "node3": [2, 4]}, "devices": ["a100", "a100", "h100", "h100"]},
     ),
     "--gpus, unevenly over two nodes": (
         {"gpus": "9", "nodes": "2", "nodelist": "node[1-2]"},
         {"nodes": {"node1": [1, 8], "node2": [1, 1]}},
     ),
     "typed --gpus-per-node with CPUs for each": (
-        {"gpus_per_node": "a100:3", "cpus_per_gpu": "2", "mem_per_gpu": "500"},
-        {"nodes": {"node2": [6, 3]}, "devices": ["4", "5", "6"]},
+        {"gpus_per_node": "a100:3", "cpus_per_gpu": "2", "mem_per_gpu": "500", "nodelist": "node3"},
+        {"nodes": {"node3": [6, 3]}, "devices": ["a100"] * 3},
     ),
-    "shards of one GPU": ({"gres": "shard:3"}, {"nodes": {"node4": [1, 1]}, "devices": ["0"]}),
+    "shards of one GPU": ({"gres": "shard:3"}, {"nodes": {"node4": [1, 1]}, "devices": ["h100"]}),
     "none": ({"nodelist": "node3"}, {"nodes": {"node3": [1, 0]}}),
 }
 
