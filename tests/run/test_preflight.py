@@ -108,6 +108,16 @@ def test_what_is_not_there_is_refused_with_key_value_and_origin(
     assert here(message) in said
 
 
+def test_in_a_container_the_host_is_asked_for_its_image_and_mounts_only(shared_path: Path) -> None:
+    container = {"runtime": "podman", "image": "/no/image", "mounts": ["/no/mount:/data", f"{shared_path}"]}
+    flags = {"container": {**container, "check": ["image", "mounts"]}, "python": "/opt/venv/bin/python"}
+    said = problems(ask(shared_path, command=("/opt/train",), flags=flags))
+    assert said == [
+        "container.image: /no/image: no such file (command line: container)",
+        "container.mounts: /no/mount:/data: /no/mount: no such file or folder (command line: container)",
+    ]
+
+
 def test_a_program_that_another_job_or_setup_may_still_make_is_a_warning(shared_path: Path) -> None:
     for flags in ({"dependency": "afterok:1"}, {"setup": ["make"]}):
         settled = ask(shared_path, command=("./later",), flags=flags)
@@ -370,12 +380,13 @@ def test_submit_lists_all_that_speaks_against_a_job_and_writes_nothing(cluster: 
     (shared_path / "slurmkit.yaml").write_text("workdir: gone\n")
     done = cluster.slurmkit(
         shared_path, "submit", "-N", "9", "--set", "python=/no/python", "--results-dir", "slurmkit.yaml",
+        "--set", "secrets.HF_TOKEN.env=NOT_SET",
         "--", "./missing",
     )  # fmt: skip
     assert done.returncode == 2
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert [line.removeprefix("error: ").partition(":")[0] for line in lines] == [
-        "workdir", "python", "run_dir", "command", "Slurm would refuse this job",
+        "workdir", "python", "run_dir", "command", "Slurm would refuse this job", "secrets.HF_TOKEN",
     ]  # fmt: skip
     assert f"({shared_path}/slurmkit.yaml:1)" in lines[0]
     assert [path.name for path in shared_path.iterdir()] == ["slurmkit.yaml"]
