@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -27,6 +28,7 @@ from slurmkit.job.values import (
     Word,
     gpus_in_gres,
     gpus_of,
+    jobs_in,
     minutes_of,
 )
 
@@ -242,8 +244,11 @@ class JobSpec(Section):
 
     @property
     def gpu_hours(self) -> float | None:
-        """What the job may use up at most; None where it has no time limit of its own."""
-        return None if self.time is None else self.total_gpus * minutes_of(self.time) / 60
+        """What the job, or all of its array, may use up at most; None where it has no time limit of its own."""
+        if self.time is None or not self.total_gpus:
+            return None if self.time is None else 0.0
+        # To Slurm 0 is no limit.
+        return jobs_in(self.array) * self.total_gpus * (minutes_of(self.time) or math.inf) / 60
 
 
 _NO_DIRECTIVES = "sbatch container ray env secrets umask prologue setup epilogue python workdir run_dir command config"

@@ -66,6 +66,16 @@ def gpus_in_gres(gres: str) -> int:
     return total
 
 
+def jobs_in(array: str | None) -> int:
+    """Jobs in an array such as `0-15:4,20%2`; 1 without an array."""
+    count = 0
+    for part in (array or "0").partition("%")[0].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        count += len(range(int(first), int(last or first) + 1, int(step or 1) or 1))
+    return count
+
+
 def shell_word(value: str) -> str:
     """One word of bash that stands for exactly this text, and that sbatch lets pass: it refuses scripts with \\r\\n."""
     if "\r" not in value:

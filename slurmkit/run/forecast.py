@@ -5,13 +5,13 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from slurmkit.job.spec import JobSpec
-from slurmkit.job.values import minutes_of
+from slurmkit.job.values import jobs_in, minutes_of
 from slurmkit.slurm.client import Estimate
 
 
 def cost(spec: JobSpec) -> str:
     """Such as `8 nodes × 8 GPUs × 4 h = 256 GPU-hours at most`; without GPUs it is node-hours."""
-    gpus, jobs = spec.total_gpus, _tasks_in(spec.array)
+    gpus, jobs = spec.total_gpus, jobs_in(spec.array)
     whole = spec.exclusive in (True, "topo")
     factors = [] if spec.array is None else [_count(jobs, "job")]
     if spec.gpus is None:
@@ -25,16 +25,6 @@ def cost(spec: JobSpec) -> str:
     hours = f"{_number(amount * jobs * minutes / 60)} {unit}-hours"
     rest = ", and the GPUs of these nodes that it leaves" if whole and gpus else ""
     return f"{' × '.join([*factors, duration(minutes)])} = {hours} at most{rest}"
-
-
-def _tasks_in(array: str | None) -> int:
-    """Jobs in an array such as `0-15:4,20%2`."""
-    indexes: set[int] = set()
-    for part in (array or "0").partition("%")[0].split(","):
-        span, _, step = part.partition(":")
-        first, _, last = span.partition("-")
-        indexes |= set(range(int(first), int(last or first) + 1, int(step or 1)))
-    return len(indexes)
 
 
 def _count(number: int, unit: str) -> str:

@@ -48,6 +48,7 @@ limits:
   account: {pattern: "proj-[0-9]+"}
   partition: {allowed: [cpu, gpu]}
   total_gpus: {max: 16}
+  gpu_hours: {max: 100}
 partitions:
   gpu:
     defaults:
@@ -76,7 +77,7 @@ def test_a_site_s_defaults_are_the_weakest_layer_and_keep_their_origin(site: Sit
 def test_a_partition_has_defaults_of_its_own(site: Site) -> None:
     settled = site.settle(partition="gpu", account="proj-1", qos="q")
     assert settled.spec.gres == "gpu:h100:8"
-    assert settled.origins["gres"] == f"{site.path}:18"
+    assert settled.origins["gres"] == f"{site.path}:19"
     assert settled.spec.sbatch == {"nice": "5"}
     assert site.settle(partition="cpu", account="proj-1").spec.gres is None
 
@@ -110,14 +111,17 @@ def test_a_partition_has_defaults_of_its_own(site: Site) -> None:
         ({"partition": "big"}, "partition: 'big' (command line: partition) is not one of cpu, gpu"),
         ({"partition": "cpu,big"}, "partition: 'cpu,big' (command line: partition) is not one of cpu, gpu"),
         ({"gpus_per_node": "h100:8", "nodes": 3}, "total_gpus: 24 is above the maximum of 16"),
+        ({"gpus": "8", "time": "24:00:00"}, "gpu_hours: 192.0 is above the maximum of 100"),
+        ({"gpus": "1", "time": "5:00:00", "array": "0-40:2"}, "gpu_hours: 105.0 is above the maximum of 100"),
+        ({"gpus": "1", "time": "0"}, "gpu_hours: inf is above the maximum of 100"),
         (
             {"partition": "gpu", "qos": "q", "nodes": 3},
             "nodes: 3 (command line: nodes) is above the maximum of 2 for partition gpu, by the site's rule "
-            "(site.yaml:22)",
+            "(site.yaml:23)",
         ),
         ({"partition": "gpu", "qos": "q", "gres": "gpu:h100:16"}, "gres: 'gpu:h100:16'"),
         ({"partition": "gpu", "qos": "q", "cpus_per_task": 4}, "cpus_per_task: 4 (command line: cpus_per_task) is not"),
-        ({"partition": "gpu"}, "qos must be given for partition gpu: the site requires it (site.yaml:20)"),
+        ({"partition": "gpu"}, "qos must be given for partition gpu: the site requires it (site.yaml:21)"),
         ({"partition": "cpu,gpu"}, "qos must be given for partition gpu"),
     ],
 )
