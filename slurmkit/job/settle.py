@@ -151,6 +151,10 @@ def _refuse(problems: Iterable[str]) -> None:
 
 def _layers(request: Request, directory: Path, environ: Mapping[str, str], site: Site | None) -> Iterator[Layer]:
     """All layers above the site, weakest first."""
+    if request.run_file is not None and request.run_file.suffix == ".sbatch":
+        raise UserError(
+            f"{request.run_file} is a rendered file: slurmkit submit takes it as it is, and nothing else does"
+        )
     found = list(read_layers(request.run_file, directory, environ))
     named = [(layer.source.data.get("profile"), layer.source.origins.get(("profile",))) for layer in found]
     named += [(environ.get("SLURMKIT_PROFILE"), "environment: SLURMKIT_PROFILE"), (request.profile, "--profile")]
