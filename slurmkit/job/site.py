@@ -132,19 +132,14 @@ class Site:
                     f"{value!r} ({self.place('add', 'env', name)})"
                 )
             put(source, ("env", name), value, self.place("add", "env", name))
-        for key, inner, first in (
-            ("prologue", "prologue", True),
-            ("epilogue", "epilogue", False),
-            ("mounts", "container.mounts", False),
-        ):
+        for key, inner in (("prologue", "prologue"), ("epilogue", "epilogue"), ("mounts", "container.mounts")):
             added = self._added_mounts() if key == "mounts" else getattr(add, key)
             if not added or (key == "mounts" and _get(source.data, "container.runtime") in (None, "none")):
                 continue
             own = _get(source.data, inner) or []
-            both = [*added, *own] if first else [*own, *added]
             place = origin_of(source, tuple(inner.split("."))) if own else None
             place = f"{place} and {self.place('add', key)}" if place else self.place("add", key)
-            put(source, tuple(inner.split(".")), both, place)
+            put(source, tuple(inner.split(".")), [*own, *added], place)
 
     def locks_and_requirements(self, merged: Source) -> Iterator[str]:
         """A refusal for each locked key that another layer changed, and for each required one that none gives."""

@@ -214,6 +214,13 @@ def test_every_word_of_a_command_arrives_as_typed(words: list[str]) -> None:
     assert out == b"".join(word.encode() + b"\0" for word in words)
 
 
+def test_a_carriage_return_arrives_without_standing_in_the_script_which_sbatch_would_refuse() -> None:
+    text = "it's\r\n\\r $HOME\r"
+    job = spec(env={"A": text}, command=[text])
+    assert "\r" not in render(job)
+    assert run_settings(job, 'printf %s "$A" "${command[0]}"') == (text * 2).encode()
+
+
 @settings(max_examples=60, deadline=None)
 @given(value=TEXT | st.sampled_from(HOSTILE))
 def test_every_environment_value_arrives_as_typed(value: str) -> None:

@@ -108,6 +108,7 @@ def test_a_partition_has_defaults_of_its_own(site: Site) -> None:
         ({"mem": "1T"}, "mem: '1T' (command line: mem) is above the maximum of 512G"),
         ({"mem": "0"}, "mem: '0' (command line: mem) is above the maximum of 512G"),
         ({"account": "x"}, "account: 'x' (command line: account) does not match the pattern proj-[0-9]+"),
+        ({"account": "proj-1x"}, "account: 'proj-1x' (command line: account) does not match the pattern proj-[0-9]+"),
         ({"partition": "big"}, "partition: 'big' (command line: partition) is not one of cpu, gpu"),
         ({"partition": "cpu,big"}, "partition: 'cpu,big' (command line: partition) is not one of cpu, gpu"),
         ({"gpus_per_node": "h100:8", "nodes": 3}, "total_gpus: 24 is above the maximum of 16"),
