@@ -34,6 +34,8 @@ _PYTHON = sorted(
         if os.path.isdir(path) and path != "/usr"
     }
 )
+# The same by names that pyxis can carry: a checkout may lie in a folder with a space in its name.
+ALIASES = {f"alias{number}": path for number, path in enumerate(_PYTHON)}
 # Runs on every node inside the container: each line is a fact.
 FACTS = r"""
 say() { printf '%s=%s\n' "$1" "$2"; }
@@ -78,7 +80,10 @@ class Machines:
 
     def container(self, runtime: str, **keys: Any) -> dict[str, Any]:
         image = self.folder / ("root.sqsh" if runtime == "pyxis" else "root")
-        mounts = [f"{path}:{path}:ro" for path in ([] if runtime == "pyxis" else ["/usr"]) + _PYTHON]
+        if runtime == "pyxis":
+            mounts = [f"{self.folder}/{alias}:/{alias}:ro" for alias in ALIASES]
+        else:
+            mounts = [f"{path}:{path}:ro" for path in ("/usr", *_PYTHON)]
         return {"runtime": runtime, "image": str(image), **keys, "mounts": mounts + list(keys.get("mounts", []))}
 
     @property
@@ -143,7 +148,15 @@ def machines() -> Iterator[Machines]:
     name = f"ct{os.getpid()}"
     try:
         make_image(folder / "root")
-        subprocess.run(["tar", "-cf", folder / "root.sqsh", "-C", folder / "root", "."], check=True)
+        shutil.copytree(folder / "root", folder / "with-aliases", symlinks=True)
+        for alias, path in ALIASES.items():
+            (folder / alias).symlink_to(path)
+            inside = folder / "with-aliases" / path.lstrip("/")
+            if not any(parent.is_symlink() for parent in inside.parents):  # else it lies in one that is there
+                inside.parent.mkdir(parents=True, exist_ok=True)
+                inside.symlink_to(f"/{alias}")
+        for image, root in (("root.tar", "root"), ("root.sqsh", "with-aliases")):
+            subprocess.run(["tar", "-cf", folder / image, "-C", folder / root, "."], check=True)
         (folder / "storage.conf").write_text(
             '[storage]\ndriver = "overlay"\ngraphroot = "/tmp/podman/graph"\nrunroot = "/tmp/podman/run"\n'
         )
@@ -328,7 +341,7 @@ def test_podman_runs_an_image_by_its_name_without_its_entrypoint(machines: Machi
     podman = ["env", *(f"{name}={value}" for name, value in machines.podman_env.items()), "podman"]
     change = ["--change", 'ENTRYPOINT ["/bin/false"]', "--change", "ENV CONTESTED=image"]
     for node in ("node1", "node2"):
-        machines.cluster.on_node(node, *podman, "import", *change, str(machines.folder / "root.sqsh"), "slurmkit-test")
+        machines.cluster.on_node(node, *podman, "import", *change, str(machines.folder / "root.tar"), "slurmkit-test")
     container = {**machines.container("podman"), "image": "localhost/slurmkit-test"}
     job = {"env": {"CONTESTED": "job"}, "container": container}
     assert machines.stopped_in_setup(here, job, 'echo "fact $(</in-the-image) $CONTESTED"') == "fact inside job\n"
@@ -379,11 +392,11 @@ def test_apptainer_is_given_what_it_knows_and_runs_ray_and_the_command(machines:
         "--no-eval",
         "--no-mount=home,cwd",
         f"--pwd={here}",
+        "--nv",
         f"--bind={here}/bin:/data:ro",
         "--bind=/tmp:/tmp",
         f"--bind={here}:{here}",
         f"--bind={here}/results/t:{here}/results/t",
-        "--nv",
         f"{here}/a b.sif",
     ]
     assert machines.left() == []
