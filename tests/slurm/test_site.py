@@ -1,0 +1,34 @@
+"""A site's file drafted from a real cluster, and the jobs that it refuses there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conftest import Cluster
+
+
+def test_a_file_drafted_from_the_cluster_passes_lint_and_keeps_the_cluster_s_limits(
+    cluster: Cluster, shared_path: Path
+) -> None:
+    site = shared_path / "site.yaml"
+    drafted = cluster.slurmkit(shared_path, "site", "init", "--out", site)
+    assert drafted.returncode == 0, drafted.stderr
+    assert cluster.slurmkit(shared_path, "site", "lint", site).returncode == 0
+    text = site.read_text()
+    for fact in ("partition: batch  # the cluster's own default", "gpu:h100:8", "pyxis is not installed"):
+        assert fact in text
+    submit = ["submit", "--dry-run", "--partition", "high"]
+    accepted = cluster.slurmkit(shared_path, *submit, "--nodes", "4", "--", "true", SLURMKIT_SITE=str(site))
+    assert accepted.returncode == 0, accepted.stderr
+    refused = cluster.slurmkit(
+        shared_path, *submit, "--nodes", "5", "--time", "1-0", "--", "true", SLURMKIT_SITE=str(site)
+    )
+    line = next(number for number, row in enumerate(text.splitlines(), 1) if row.startswith("  high:"))
+    line = next(number for number, row in enumerate(text.splitlines(), 1) if "limits: {nodes" in row and number > line)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: nodes: 5 (command line: nodes) is above the maximum of 4 for partition high, by the site's rule "
+        f"({site}:{line})\n"
+        f"time: '1-0' (command line: time) is above the maximum of 0-04:00:00 for partition high, by the site's rule "
+        f"({site}:{line})\n"
+    )
