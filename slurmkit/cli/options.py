@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import click
 
-from slurmkit.config.source import parse_value
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request
 
@@ -80,6 +79,8 @@ def request_from(context: click.Context, words: tuple[str, ...], options: dict[s
     for name, text in _pairs("--env", options["env"]):
         flags[f"env.{name}"] = text
     for key, text in _pairs("--set", options["keys"]):
+        from slurmkit.config.yaml12 import parse_value
+
         try:
             flags[key] = parse_value(text)
         except ValueError as error:

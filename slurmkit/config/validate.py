@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
@@ -94,6 +93,8 @@ def _nearest(name: str, model: type[BaseModel]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known key that was probably meant: almost the same, of the same last part, or at least alike."""
+    import difflib
+
     known = list(known)
     last = name.rpartition(".")[2]
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.85)

@@ -133,7 +133,7 @@ class RenderedFile:
         train = None
         if self.spec.config is not None:
             from slurmkit.config.schema import TrainConfig
-            from slurmkit.config.source import parse_value
+            from slurmkit.config.yaml12 import parse_value
 
             train = validate(TrainConfig, Source(parse_value(self.spec.config), {}))
         origins = defaultdict(lambda: "default", self.sidecar.origins)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurmkit.config.source import Source, merge, parse_value, put, read_yaml
+from slurmkit.config.source import Source, merge, put, read_yaml
 from slurmkit.config.validate import nearest, origin_of
 from slurmkit.errors import UserError
 from slurmkit.job.container import expand_places
@@ -108,6 +108,8 @@ def from_environment(environ: Mapping[str, str]) -> Source:
                 f"the environment variable {name} sets no key of a job"
                 + (f"; the nearest is SLURMKIT_{hint.upper()}" if hint else "")
             )
+        from slurmkit.config.yaml12 import parse_value
+
         try:
             value = parse_value(text)
         except ValueError:

@@ -10,7 +10,6 @@ import glob
 import hashlib
 import json
 import re
-import traceback
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
@@ -84,6 +83,8 @@ def place_of(error: Exception) -> str | None:
     """File and line in a template: a syntax error knows them, any other has them in its traceback."""
     if isinstance(error, TemplateSyntaxError):
         return f"{error.filename}:{error.lineno}"
+    import traceback
+
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
 

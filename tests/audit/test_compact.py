@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from parts import HOSTILE
 
 from slurmkit.config.compact import compact_yaml
-from slurmkit.config.source import parse_value
+from slurmkit.config.yaml12 import parse_value
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
     [

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from slurmkit.config.load import load_config
-from slurmkit.config.source import parse_value, read_yaml
+from slurmkit.config.source import read_yaml
+from slurmkit.config.yaml12 import parse_value
 from slurmkit.errors import UserError
 
 BASE = """\
