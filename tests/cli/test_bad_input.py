@@ -7,6 +7,7 @@ like are the place that must be named.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from parts import REPOSITORY, SLURMKIT
 
 from slurmkit.cli.main import main
 
-EXAMPLE = str(REPOSITORY / "examples" / "grpo_arithmetic.yaml")
+EXAMPLE = REPOSITORY / "examples" / "grpo_arithmetic.yaml"
 TRAIN = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ncluster: {gpus_per_node: 0}\n"
 
 FLAGS = [
@@ -31,7 +32,7 @@ FLAGS = [
     ("--nodse 2 -- true", "No such option '--nodse'"),
     ("--config none.yaml", "none.yaml: no such file"),
     ("--config .", "cannot be read"),
-    (f"--config {EXAMPLE} -- true", "--config and a command after -- exclude each other"),
+    ("--config example.yaml -- true", "--config and a command after -- exclude each other"),
     ("grpo.seed=1 -- true", "'grpo.seed=1' overrides a training configuration: give one with --config FILE"),
     ("a.yaml b.yaml", "one run file at most, not a.yaml and b.yaml"),
     ("none.yaml -- true", "none.yaml: no such file"),
@@ -106,7 +107,7 @@ FLAGS = [
     ("--set signal=USR2@ -- true", "signal: 'USR2@' is not a signal for sbatch, such as B:USR2@300"),
     ("--set signal=soon -- true", "signal: 'soon' is not a signal for sbatch"),
     ("--set array=a-b -- true", "array: 'a-b' is not an array such as 0-7 or 1,5,9%2"),
-    (f"--set array=0-7 --config {EXAMPLE}", "array (0-7) would have all its jobs train in one run directory"),
+    ("--set array=0-7 --config example.yaml", "array (0-7) would have all its jobs train in one run directory"),
     ("--set partition='' -- true", "partition: is empty; leave the key out instead"),
     ("--set account=[a] -- true", "account: should be a valid string, not ['a']"),
     ("--set setup=date -- true", "setup: should be a valid tuple, not 'date'"),
@@ -116,37 +117,46 @@ FLAGS = [
         "profile: there is no profile 'debug' (--profile); no file defines one under profiles:",
     ),
     ("--set templates=nowhere -- true", "nowhere: no such folder"),
-    (f"--config {EXAMPLE} grpo.num_promts_per_step=4", "the nearest known key is grpo.num_prompts_per_step"),
+    ("--config example.yaml grpo.num_promts_per_step=4", "the nearest known key is grpo.num_prompts_per_step"),
     (
-        f"--config {EXAMPLE} grpo.seed=one",
+        "--config example.yaml grpo.seed=one",
         "grpo.seed: should be a valid integer, not 'one' (command line: grpo.seed=one)",
     ),
-    (f"--config {EXAMPLE} grpo.seed=1,2", "is a sweep over several values; give one value"),
-    (f"--config {EXAMPLE} grpo.seed=[", "is not Hydra's key=value"),
-    (f"--config {EXAMPLE} ~grpo.nothing", "removes a key that the configuration does not set"),
-    (f"--config {EXAMPLE} cluster.num_nodes=3", "cluster.num_nodes is 3 (command line: cluster.num_nodes=3) but"),
-    (f"--config {EXAMPLE} policy.train_global_batch_size=7", "must divide the 512 samples of a step"),
-    (f"--config {EXAMPLE} policy.model_name=/x", "give exactly one of policy.model_name"),
-    (f"--config {EXAMPLE} policy.from_scratch.hidden_size=65", "must be a multiple of twice num_attention_heads"),
-    (f"--config {EXAMPLE} policy.generation.max_new_tokens=99", "leaves no room for a prompt within"),
+    ("--config example.yaml grpo.seed=1,2", "is a sweep over several values; give one value"),
+    ("--config example.yaml grpo.seed=[", "is not Hydra's key=value"),
+    ("--config example.yaml ~grpo.nothing", "removes a key that the configuration does not set"),
+    ("--config example.yaml cluster.num_nodes=3", "cluster.num_nodes is 3 (command line: cluster.num_nodes=3) but"),
+    ("--config example.yaml policy.train_global_batch_size=7", "must divide the 512 samples of a step"),
+    ("--config example.yaml policy.model_name=/x", "give exactly one of policy.model_name"),
+    ("--config example.yaml policy.from_scratch.hidden_size=65", "must be a multiple of twice num_attention_heads"),
+    ("--config example.yaml policy.generation.max_new_tokens=99", "leaves no room for a prompt within"),
     (
-        f"--config {EXAMPLE} policy.generation.backend=sglang",
+        "--config example.yaml policy.generation.backend=sglang",
         "policy.generation.backend: should be 'torch', not 'sglang'",
     ),
-    (f"--config {EXAMPLE} policy.generation.temperature=0", "policy.generation.temperature: should be greater than 0"),
-    (f"--config {EXAMPLE} policy.precision=fp8", "policy.precision: should be 'float32' or 'bfloat16', not 'fp8'"),
-    (f"--config {EXAMPLE} loss_fn.ratio_clip_min=1.5", "loss_fn.ratio_clip_min: should be less than 1, not 1.5"),
-    (f"--config {EXAMPLE} checkpointing.metric_name=loss", "checkpointing.metric_name: should be 'val:accuracy'"),
     (
-        f"--config {EXAMPLE} checkpointing.keep_top_k=0",
+        "--config example.yaml policy.generation.temperature=0",
+        "policy.generation.temperature: should be greater than 0",
+    ),
+    ("--config example.yaml policy.precision=fp8", "policy.precision: should be 'float32' or 'bfloat16', not 'fp8'"),
+    ("--config example.yaml loss_fn.ratio_clip_min=1.5", "loss_fn.ratio_clip_min: should be less than 1, not 1.5"),
+    ("--config example.yaml checkpointing.metric_name=loss", "checkpointing.metric_name: should be 'val:accuracy'"),
+    (
+        "--config example.yaml checkpointing.keep_top_k=0",
         "checkpointing.keep_top_k: should be greater than or equal to 1",
     ),
-    (f"--config {EXAMPLE} env.name=chess", "env.name: should be 'arithmetic' or 'math', not 'chess'"),
-    (f"--config {EXAMPLE} env.name=math", "env.name math reads its tasks: data.train.data_path must name a JSONL file"),
-    (f"--config {EXAMPLE} data.train.data_path=x", "makes its own tasks: data.train.data_path must be null"),
-    (f"--config {EXAMPLE} grpo.num_generations_per_prompt=1", "num_generations_per_prompt is 1: an advantage compares"),
-    (f"--config {EXAMPLE} loss_fn=3", "loss_fn: should be a valid dictionary or instance of LossFn, not 3"),
-    (f"--config {EXAMPLE} logger.wandb.mode=off", "logger.wandb.mode: should be 'online' or 'offline'"),
+    ("--config example.yaml env.name=chess", "env.name: should be 'arithmetic' or 'math', not 'chess'"),
+    (
+        "--config example.yaml env.name=math",
+        "env.name math reads its tasks: data.train.data_path must name a JSONL file",
+    ),
+    ("--config example.yaml data.train.data_path=x", "makes its own tasks: data.train.data_path must be null"),
+    (
+        "--config example.yaml grpo.num_generations_per_prompt=1",
+        "num_generations_per_prompt is 1: an advantage compares",
+    ),
+    ("--config example.yaml loss_fn=3", "loss_fn: should be a valid dictionary or instance of LossFn, not 3"),
+    ("--config example.yaml logger.wandb.mode=off", "logger.wandb.mode: should be 'online' or 'offline'"),
 ]
 
 # A run file, and what it is told.
@@ -285,6 +295,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def _own_settings(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None of this machine's: no site, no user's file, a wide terminal."""
+    shutil.copy(EXAMPLE, here / "example.yaml")
     monkeypatch.chdir(here)
     monkeypatch.setenv("SLURMKIT_SITE", "")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(here))
@@ -351,7 +362,7 @@ def test_a_mistake_in_a_variable(
         (["run", "--nodes", "2", "--", "true"], "No such option '--nodes'"),
         (["site", "lint"], "Missing argument 'FILE'"),
         (["site", "lint", "none.yaml"], "none.yaml: no such file"),
-        (["site", "init", "--out", EXAMPLE], "exists already; slurmkit does not write over a site's file"),
+        (["site", "init", "--out", "example.yaml"], "exists already; slurmkit does not write over a site's file"),
     ],
 )
 def test_a_mistake_with_a_command(here: Path, capsys: Capture, arguments: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -81,7 +82,7 @@ def test_a_login_node_is_told_one_line_per_check_without_colours_in_a_pipe(clust
 
 
 def test_a_terminal_gets_colours_unless_it_wants_none(tmp_path: Path) -> None:
-    command = ["script", "-qec", f"{SLURMKIT} doctor", "/dev/null"]
+    command = ["script", "-qec", f"{shlex.quote(str(SLURMKIT))} doctor", "/dev/null"]
     if shutil.which("script") is None:
         missing("needs script(1) for a terminal")
     for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):

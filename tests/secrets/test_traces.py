@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -103,7 +105,8 @@ def test_secrets_reach_the_driver_and_ray_s_workers_and_leave_no_trace(
     traces = Traces(plain_cluster, job_id, since, run_dir / "attempts/latest")
     wait_until((run_dir / "step_2/manifest.json").exists, "two steps and a checkpoint")
 
-    for node, process in (("node1", r"^\S*python\S* -m slurmkit.grpo"), ("node1", "^ray::Pol"), ("node2", "^ray::Pol")):
+    driver = rf"^{re.escape(os.path.dirname(sys.executable))}/python\S* -m slurmkit\.grpo"
+    for node, process in (("node1", driver), ("node1", "^ray::Pol"), ("node2", "^ray::Pol")):
         assert holders(plain_cluster, node, process, {**named, **unnamed}), f"{process} on {node}"
     token = traces.attempt / "bringup/token"
     canaries = {**named, **unnamed, "Ray's token": token.read_text()}

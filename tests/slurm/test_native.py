@@ -62,7 +62,10 @@ def stand_in(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    """Those that ask pyslurm; other tests of the session may have left processes of other kinds."""
+    ours = psutil.Process().children(recursive=True)
+    living = [child for child in ours if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in living if any(word.endswith("/serve.py") for word in child.cmdline())]
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def is_active(cluster: Cluster, job_id: str) -> bool:
     return cluster.ask("squeue", "-h", "-j", job_id).strip() != ""
 
 
-def left_on(cluster: Cluster, node: str) -> list[str]:
-    """Processes of Ray or of a driver, and Ray's folders, on one node."""
+def left_on(cluster: Cluster, node: str, job_id: str) -> list[str]:
+    """Processes of Ray or of a driver, and a job's folders, on one node."""
     processes = cluster.on_node(node, "ps", "-eo", "args").splitlines()
-    files = cluster.on_node(node, "sh", "-c", "ls -d /tmp/sk-* /tmp/ray 2>/dev/null").splitlines()
+    files = cluster.on_node(node, "sh", "-c", f"ls -d /tmp/sk-{job_id}.* /tmp/ray 2>/dev/null").splitlines()
     return [line for line in processes if "raylet" in line or "gcs_server" in line or "/tmp/sk-" in line] + files
 
 
@@ -72,7 +72,7 @@ def test_the_command_starts_when_every_node_and_gpu_is_registered(
     ):
         assert fact in done.stdout
     for node in ("node1", "node2", "node3", "node4"):
-        assert left_on(cluster, node) == []
+        assert left_on(cluster, node, job_id_of(done.stdout)) == []
 
 
 def test_every_character_of_a_command_arrives_as_typed_and_so_do_environment_and_comment(
@@ -238,7 +238,7 @@ def test_a_node_whose_ray_dies_ends_the_job_and_is_named(cluster: Cluster, share
     output = (shared_path / f"results/x/slurm-{job_id}.out").read_text()
     assert "slurmkit: node node2: its raylet died" in output
     assert any((shared_path / "results/x/attempts/latest").glob("ray-node2/raylet*"))
-    assert left_on(cluster, "node1") + left_on(cluster, "node2") == []
+    assert left_on(cluster, "node1", job_id) + left_on(cluster, "node2", job_id) == []
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_scancel_ends_everything_on_all_nodes(cluster: Cluster, shared_path: Pat
     wait_until((shared_path / "up").exists, "the driver starts")
     cluster.ask("scancel", job_id)
     wait_until(lambda: not is_active(cluster, job_id), "the job ends")
-    assert left_on(cluster, "node1") + left_on(cluster, "node2") == []
+    assert left_on(cluster, "node1", job_id) + left_on(cluster, "node2", job_id) == []
     assert "sleep 300" not in cluster.on_node("node1", "ps", "-eo", "args").splitlines()
     assert "ended by Slurm" in (shared_path / f"results/x/slurm-{job_id}.out").read_text()
 
