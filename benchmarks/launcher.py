@@ -3,7 +3,7 @@ seconds for a sweep of 1,000 jobs, and requests to the controller per job for se
 
 Every program is installed by pip into an environment of its own and takes its turn in every round, so that other load
 meets all alike; NeMo-Run replaces torchx's schedulers, so they cannot share one. A submission is the shortest job that
-the program can submit, to a partition that is down: no job starts.
+the program can submit, to a partition that is down: no job starts. `files` is with a site's and a project's file.
 
     sudo python benchmarks/launcher.py [--repeat 20] [--nodes 1 2 4 8] [--json FILE]
 
@@ -107,20 +107,25 @@ def environments(cache: Path) -> dict[str, Path]:
 
 def commands(bins: dict[str, Path]) -> dict[str, Callable[[], list[str]]]:
     """What takes turns, by its name in the table; each is called for every round, as no two runs share a name."""
-    slurmkit = str(bins["slurmkit"] / "slurmkit")
+    slurmkit = f"{bins['slurmkit']}/slurmkit"
     torchx = f"{bins['torchx']}/torchx run --scheduler slurm -cfg partition={PARTITION},job_dir=torchx --workspace="
+    # The others read no files of settings.
+    with_files = "env -C project SLURMKIT_SITE=site.yaml"
     rows = {
         "python -c pass": f"{bins['slurmkit']}/python -c pass",
         "slurmkit --help": f"{slurmkit} --help",
         "slurmkit render": f"{slurmkit} render -- true",
+        "slurmkit render, files": f"{with_files} {slurmkit} render -- true",
         "sbatch": f"sbatch --parsable --partition={PARTITION} job.sh",
+        "slurmkit submit": f"{slurmkit} submit --partition={PARTITION} --name=NAME -- true",
+        "slurmkit submit, files": f"{with_files} {slurmkit} submit --partition={PARTITION} --name=NAME -- true",
         "submitit": f"{bins['submitit']}/python use_submitit.py",
         "torchx": f"{torchx} utils.sh true",
         "NeMo-Run": f"{bins['nemo-run']}/python use_nemo_run.py",
     }
-    submit = f"{slurmkit} submit --partition={PARTITION} --name"
-    return {name: lambda line=line: shlex.split(line) for name, line in rows.items()} | {
-        "slurmkit submit": lambda: [*shlex.split(submit), f"s{time.monotonic_ns()}", "--", "true"]
+    return {
+        name: lambda line=line: shlex.split(line.replace("NAME", f"s{time.monotonic_ns()}"))
+        for name, line in rows.items()
     }
 
 
@@ -142,12 +147,13 @@ def in_turns(rows: dict[str, Callable[[], list[str]]], repeat: int, here: Path) 
 
 
 def sweep_seconds(python: Path, here: Path, repeat: int = 3) -> dict[str, float]:
-    """Seconds of a whole process that renders 1,000 jobs."""
+    """Seconds of a whole process that renders 1,000 jobs, with a site's and a project's file."""
     taken: dict[str, list[float]] = {"a command": [], "a training configuration": []}
     for _ in range(repeat):
         for what, arguments in zip(taken, ([], [REPOSITORY / "examples/grpo_arithmetic.yaml"]), strict=True):
             began = time.perf_counter()
-            subprocess.run([python, "-c", SWEEP, *arguments], cwd=here, check=True)
+            environment = {**os.environ, "SLURMKIT_SITE": "site.yaml"}
+            subprocess.run([python, "-c", SWEEP, *arguments], cwd=here / "project", env=environment, check=True)
             taken[what].append(time.perf_counter() - began)
     return {what: statistics.median(each) for what, each in taken.items()}
 
@@ -180,16 +186,17 @@ def _output(*command: str) -> str:
 def measure(options: argparse.Namespace, here: Path) -> dict[str, object]:
     """Everything, printed as it is known."""
     bins = environments(options.cache)
+    for name in ("torchx", "project"):
+        (here / name).mkdir()
     for name, text in {
         "job.sh": "#!/bin/bash\ntrue\n",
         "use_submitit.py": SUBMITIT,
         "use_nemo_run.py": NEMO_RUN,
-        "site.yaml": SITE,
-        "slurmkit.yaml": PROJECT,
+        "project/site.yaml": SITE,
+        "project/slurmkit.yaml": PROJECT,
     }.items():
         (here / name).write_text(text)
-    (here / "torchx").mkdir()
-    os.environ |= {"SLURMKIT_SITE": str(here / "site.yaml"), "NEMORUN_HOME": str(here / "nemo")}
+    os.environ |= {"SLURMKIT_SITE": "", "NEMORUN_HOME": str(here / "nemo")}
     subprocess.run(["scontrol", "update", f"PartitionName={PARTITION}", "State=DOWN"], check=True)
 
     taken = in_turns(commands(bins), options.repeat, here)
@@ -198,13 +205,16 @@ def measure(options: argparse.Namespace, here: Path) -> dict[str, object]:
     for name in sorted(median, key=median.__getitem__):
         ratio = median[name] / median["slurmkit submit"]
         print(f"{name:<28}{median[name]:9.1f}{min(taken[name]):9.1f}{ratio:20.2f}")
-    above = [mine - bare for mine, bare in zip(taken["slurmkit submit"], taken["sbatch"], strict=True)]
-    print(f"{'submit above sbatch':<28}{statistics.median(above):9.1f}{min(above):9.1f}", flush=True)
+    for name in ("slurmkit submit", "slurmkit submit, files"):
+        above = [mine - bare for mine, bare in zip(taken[name], taken["sbatch"], strict=True)]
+        print(f"{name.removeprefix('slurmkit ') + ' above sbatch':<28}{statistics.median(above):9.1f}{min(above):9.1f}")
 
     seconds = sweep_seconds(bins["slurmkit"] / "python", here)
-    print("\n1,000 jobs rendered, each of " + ", ".join(f"{what}: {each:.2f} s" for what, each in seconds.items()))
+    print(
+        "\n1,000 jobs rendered, each of " + ", ".join(f"{what}: {each:.2f} s" for what, each in seconds.items()),
+        flush=True,
+    )
 
-    (here / "slurmkit.yaml").unlink()
     counts = {nodes: requests(bins["slurmkit"] / "slurmkit", nodes, here) for nodes in options.nodes}
     for nodes, kinds in counts.items():
         print(f"{sum(kinds.values()):3d} requests to the controller for a job of {nodes} nodes", flush=True)

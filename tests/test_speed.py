@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import Cluster
 
-from slurmkit.job.render import environment_for, render
+from slurmkit.config.load import load_config
+from slurmkit.errors import UserError
+from slurmkit.job.render import digest_of_templates, environment_for, render
 from slurmkit.job.settle import Request, settle
 
 # What no command of the login node loads, and what only some need.
@@ -134,6 +136,29 @@ def test_a_changed_template_is_compiled_again(here: Path, monkeypatch: pytest.Mo
         (templates / "job.sbatch.j2").write_text("{% include 'included.j2' %}")
         environment_for.cache_clear()
         assert render(settled.spec, settled.templates) == text
+
+
+def test_a_compiled_template_is_checked_again_when_the_one_that_it_extends_has_changed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+    templates = here / "templates"
+    templates.mkdir()
+    (templates / "job.sbatch.j2").write_text("{% extends 'base.j2' %}{% block one %}1{% endblock %}")
+    (templates / "base.j2").write_text("{% block one %}{% endblock %}")
+    settled = settle(Request(command=("true",), flags={"templates": str(templates)}), here, {"HOME": str(here)})
+    assert render(settled.spec, settled.templates) == "1"
+    (templates / "base.j2").write_text("{% block two %}{% endblock %}")
+    environment_for.cache_clear()
+    digest_of_templates.cache_clear()
+    with pytest.raises(UserError, match="the block 'one' overrides nothing"):
+        render(settled.spec, settled.templates)
+
+
+def test_a_configuration_reads_the_same_the_second_time(here: Path) -> None:
+    (here / "base.yaml").write_text("env: {name: arithmetic}\npolicy: {from_scratch: {}}\n")
+    (here / "child.yaml").write_text("defaults: base.yaml\ngrpo: {seed: 7}\n")
+    assert load_config(here / "child.yaml") == load_config(here / "child.yaml")
 
 
 def test_a_job_asks_the_controller_as_often_on_one_node_as_on_four(cluster: Cluster, shared_path: Path) -> None:

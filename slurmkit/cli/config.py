@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ _WIDTH = 60
 @click.pass_context
 def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **options: Any) -> None:
     """Print the settled job, and where each value comes from: a file and line, a variable, a flag, or a default."""
-    request = replace(request_from(context, words, options), partial=True)
+    request = request_from(context, words, options)._replace(partial=True)
     settled = settle(request, Path.cwd())
     if as_json:
         click.echo(json.dumps(_as_json(settled), indent=2, ensure_ascii=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
     from slurmkit.report.terminal import RunProgress
 
     # Whatever a project's file says: here is one node.
-    request = replace(request_from(context, words, {**options, "nodes": 1}), local=True)
+    request = request_from(context, words, {**options, "nodes": 1})._replace(local=True)
     settled = settle(request, Path.cwd())
     secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase
     run_dir = Path(settled.spec.run_dir)

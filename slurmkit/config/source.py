@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slurmkit.errors import UserError
 
 Key = tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """One settled input: nested plain data, and for each key path the place that set it.
 
     Example: data={"grpo": {"seed": 1}}, origins={("grpo",): "a.yaml:1", ("grpo", "seed"): "a.yaml:2"}.

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slurmkit.config.source import Source, merge, put, read_yaml
 from slurmkit.config.validate import nearest, origin_of
@@ -23,8 +22,7 @@ _PATHS = ("config", "results_dir", "workdir", "python", "templates")
 _NOT_KEYS = ("SITE", "PROFILE", "CLIENT", "PYSLURM_PYTHON", "DEVCLUSTER")
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer that was found. Example: Layer("project", Path("/p/slurmkit.yaml"), Source({"nodes": 2}, …))."""
 
     name: str

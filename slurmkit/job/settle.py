@@ -7,9 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from slurmkit.config.source import Source, merge, put
 from slurmkit.config.validate import origin_of, validate
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 _FILE = re.compile(r"(.+):\d+")
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a user asked for on the command line, as typed.
 
     Example: Request(run_file=None, config=Path("examples/grpo_arithmetic.yaml"), overrides=("grpo.seed=2",),
@@ -37,7 +35,7 @@ class Request:
     config: Path | None = None
     overrides: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
-    flags: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, Any] = {}
     profile: str | None = None
     partial: bool = False
     """Settle also where nothing says yet what runs."""
@@ -45,8 +43,7 @@ class Request:
     """It runs here, without Slurm."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """A job that is ready to be rendered."""
 
     spec: JobSpec
@@ -62,7 +59,7 @@ class Settled:
     train: TrainConfig | None = None
     """The training configuration, where slurmkit's own trainer runs."""
 
-    config_origins: dict[str, str] = field(default_factory=dict)
+    config_origins: dict[str, str] = {}
     """Where each dotted key of the training configuration was set; a key that is not here has its default."""
 
     committed_only: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # https://slurm.schedmd.com/squeue.html#SECTION_JOB-STATE-CODES: the states that a job does not leave again.
 FINAL_STATES = frozenset(
@@ -14,8 +14,7 @@ FINAL_STATES = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class JobState:
+class JobState(NamedTuple):
     """A job as Slurm sees it. Example: JobState("17", "FAILED", "NonZeroExitCode", 7, 0, "node[1-2]").
 
     What Slurm does not know is "" or None. Times are this machine's, as text: 2026-11-22T16:12:33.
@@ -72,8 +71,7 @@ class JobState:
         return self.exit_code or (0 if self.state == "COMPLETED" else 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Where and when Slurm would start a script now. Example: Estimate("2026-11-22T16:12:33", "node[1-2]", "batch")."""
 
     start: str | None
@@ -90,8 +88,7 @@ class Gres:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A node. Example: Node("node1", "IDLE+DRAIN", 16, 64000, (Gres("gpu", "h100", 8),), ("ib",), ("batch",))."""
 
     name: str
@@ -109,8 +106,7 @@ class Node:
     partitions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
+class Partition(NamedTuple):
     """A partition and what a job can get in it."""
 
     name: str
