@@ -24,6 +24,24 @@ def spec(**keys: object) -> JobSpec:
     return JobSpec.model_validate({**minimal, **keys})
 
 
+def settled(**keys: object) -> JobSpec:
+    """The example on eight nodes, with what people usually ask for beside it."""
+    usual = {
+        "nodes": 8,
+        "time": "1-00:00:00",
+        "partition": "gpu",
+        "account": "alignment",
+        "qos": "high",
+        "gres": "gpu:h100:8",
+        "cpus_per_task": 96,
+        "exclusive": True,
+        "comment": "grpo with eight nodes",
+        "env": {"HF_HOME": "/scratch/hf", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "8"},
+    }
+    config = REPOSITORY / "examples/grpo_arithmetic.yaml"
+    return settle(Request(config=config, flags={**usual, **keys}), Path("/w")).spec
+
+
 def directives(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
 
@@ -48,51 +66,19 @@ SPECS = {
         sbatch={"licenses": "a:1", "spread-job": True, "hint": False},
         command=["bash", "-c", "\n".join(HOSTILE)],
     ),
-    "realistic": settle(
-        Request(
-            config=REPOSITORY / "examples/grpo_arithmetic.yaml",
-            flags={
-                "nodes": 8,
-                "time": "1-00:00:00",
-                "partition": "gpu",
-                "account": "alignment",
-                "qos": "high",
-                "gres": "gpu:h100:8",
-                "cpus_per_task": 96,
-                "mem": "0",
-                "exclusive": True,
-                "signal": "B:USR2@300",
-                "requeue": True,
-                "comment": "grpo with eight nodes",
-                "env": {"HF_HOME": "/scratch/hf", "NCCL_SOCKET_IFNAME": "ib0", "OMP_NUM_THREADS": "8"},
-                "setup": ["module load cuda/12.8", "ulimit -l unlimited"],
-            },
-        ),
-        Path("/w"),
-    ).spec,
+    "realistic": settled(
+        mem="0",
+        signal="B:USR2@300",
+        requeue=True,
+        setup=["module load cuda/12.8", "ulimit -l unlimited"],
+    ),
     **{
-        f"in {runtime}": settle(
-            Request(
-                config=REPOSITORY / "examples/grpo_arithmetic.yaml",
-                flags={
-                    "nodes": 8,
-                    "time": "1-00:00:00",
-                    "partition": "gpu",
-                    "account": "alignment",
-                    "qos": "high",
-                    "gres": "gpu:h100:8",
-                    "cpus_per_task": 96,
-                    "exclusive": True,
-                    "comment": "grpo with eight nodes",
-                    "container": {"runtime": runtime, "image": "/images/rl.sqsh", "mounts": ["/data:/data:ro"]},
-                    "env": {"HF_HOME": "/scratch/hf", "NCCL_SOCKET_IFNAME": "ib0"},
-                    "secrets": {"HF_TOKEN": {"env": "HF_TOKEN"}, "WANDB_API_KEY": {"env": "WANDB_API_KEY"}},
-                    "setup": ["ulimit -l unlimited"],
-                    "epilogue": ["date"],
-                },
-            ),
-            Path("/w"),
-        ).spec
+        f"in {runtime}": settled(
+            container={"runtime": runtime, "image": "/images/rl.sqsh", "mounts": ["/data:/data:ro"]},
+            secrets={"HF_TOKEN": {"env": "HF_TOKEN"}, "WANDB_API_KEY": {"env": "WANDB_API_KEY"}},
+            setup=["ulimit -l unlimited"],
+            epilogue=["date"],
+        )
         for runtime in ("pyxis", "apptainer", "podman")
     },
     "example": settle(
