@@ -6,7 +6,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -147,7 +149,21 @@ def open_to_others(folder: Path) -> list[Path]:
     return [path for path in paths if not path.is_symlink() and path.stat().st_mode & 0o077]
 
 
-def test_each_part_of_the_search_finds_what_leaks_there(plain_cluster: Cluster, shared_path: Path) -> None:
+@pytest.fixture
+def plain_python() -> Iterator[Path]:
+    """This interpreter and its ray by a path without a space, which Ray's runtime environments cannot carry."""
+    folder = Path(tempfile.mkdtemp(prefix="slurmkit-python-", dir="/var/tmp"))
+    (folder / "venv").symlink_to(sys.prefix)
+    for name, words in (("python", ""), ("ray", "-m ray.scripts.scripts ")):
+        (folder / name).write_text(f'#!/bin/sh\nexec {folder}/venv/bin/python {words}"$@"\n')
+        (folder / name).chmod(0o755)
+    yield folder / "python"
+    shutil.rmtree(folder)
+
+
+def test_each_part_of_the_search_finds_what_leaks_there(
+    plain_cluster: Cluster, shared_path: Path, plain_python: Path
+) -> None:
     since = time.time() - 1
     leaks = (
         *("LEAK_DRIVER_LOG", "LEAK_WORKER_LOG", "LEAK_NODE_FILE", "LEAK_HOME", "LEAK_WANDB", "LEAK_ARGUMENT"),
@@ -155,7 +171,7 @@ def test_each_part_of_the_search_finds_what_leaks_there(plain_cluster: Cluster, 
     )
     canaries = {name: secrets.token_hex(20) for name in leaks}
     comment = secrets.token_hex(20)
-    (shared_path / "slurmkit.yaml").write_text(f"secrets: [{', '.join(leaks)}]\n")
+    (shared_path / "slurmkit.yaml").write_text(f"secrets: [{', '.join(leaks)}]\npython: {plain_python}\n")
     job_id = submitted(
         plain_cluster, shared_path, "--name", "leak", "--comment", comment, "--", "python", LEAK, **canaries
     )
