@@ -22,10 +22,15 @@ class Source(NamedTuple):
 
 def read_yaml(path: Path) -> Source:
     """Read one YAML mapping. UserError names the file and the line of whatever is wrong with it."""
+    return parse_yaml(path, read_text(path))
+
+
+def parse_yaml(path: Path, text: str) -> Source:
+    """`read_yaml` for what a file was found to hold."""
     from slurmkit.config.yaml12 import parse  # not every command has a file, and PyYAML takes 20 ms to import
 
     # A copy, as the caller may change it: a sweep reads the same files for each of its jobs.
-    return merge([parse(path, read_text(path))])
+    return merge([parse(path, text)])
 
 
 def read_text(path: Path) -> str:

@@ -40,7 +40,7 @@ def _describe(model: type[BaseModel], source: Source, problem: dict[str, Any]) -
     if problem["type"] == "too_short":
         return f"{name}: must not be empty{place}"
     message = problem["msg"].removeprefix("Input ")
-    return f"{name}: {message}, not {_shown(problem['input'])}{place}"
+    return f"{name}: {message}, not {shown(problem['input'])}{place}"
 
 
 def _places(source: Source, section: Key, message: str) -> str:
@@ -58,7 +58,8 @@ def _places(source: Source, section: Key, message: str) -> str:
     return f" ({'; '.join(f'{word}: {origin}' for word, origin in found.items())})" if found else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a message can hold it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from slurmkit.config.section import Section
-from slurmkit.config.source import Key, Source, merge, put, read_text, read_yaml
-from slurmkit.config.validate import known_keys, nearest, origin_of, validate
+from slurmkit.config.source import Key, Source, merge, parse_yaml, put, read_text
+from slurmkit.config.validate import known_keys, nearest, origin_of, shown, validate
 from slurmkit.errors import UserError
 from slurmkit.job.container import Mount, expand_places
 from slurmkit.job.layers import EXTRA_KEYS, absolute, anchor_paths
@@ -144,13 +144,14 @@ class Site:
     def locks_and_requirements(self, merged: Source) -> Iterator[str]:
         """A refusal for each locked key that another layer changed, and for each required one that none gives."""
         partition = merged.data.get("partition")
+        defaults = self.defaults(partition).data
         for prefix, rules, whom in self.rule_sets(partition):
             for index, key in enumerate(rules.lock):
-                wanted, asked = _get(self.defaults(partition).data, key), _get(merged.data, key)
+                wanted, asked = _get(defaults, key), _get(merged.data, key)
                 if _plain(asked) != _plain(wanted):
-                    to = f" to {_shown(wanted)}" if wanted is not None else ""
+                    to = f" to {shown(wanted)}" if wanted is not None else ""
                     yield (
-                        f"{key}: {_shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
+                        f"{key}: {shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
                         f"locks it{to}{whom} ({self.place(*prefix, 'lock', str(index))})"
                     )
             for index, key in enumerate(rules.require):
@@ -163,7 +164,7 @@ class Site:
         yield from _limit_refusals(self, spec, source)
         if spec.container.runtime != "none":
             yield from self._forbidden_mounts(spec, source)
-        own_env = {name: value for name, value in spec.env.items() if name not in self.rules.add.env}
+        own_env = [name for name in spec.env if name not in self.rules.add.env]
         for index, pattern in enumerate(self.rules.forbid.env):
             for name in own_env:
                 if fnmatch.fnmatchcase(name, pattern):
@@ -212,7 +213,7 @@ def read_site(path: Path) -> Site:
 @lru_cache(maxsize=8)
 def _checked(path: Path, folder: Path, text: str) -> Site:
     """Once for all jobs of a sweep; `text` is what the file holds."""
-    source = read_yaml(path)
+    source = parse_yaml(path, text)
     rules = validate(SiteFile, source)
     for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
         anchor_paths(data, folder, str(path))
@@ -297,11 +298,11 @@ def _limit_refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
                 continue
             place = site.place(*prefix, "limits", key)
             origin = origin_of(source, tuple(key.split(".")))
-            shown = f"{key}: {_shown(value)}" + (f" ({origin})" if origin else "")
+            what = f"{key}: {shown(value)}" + (f" ({origin})" if origin else "")
             for item in _items(key, value):
                 why = _breaks(key, item, limit)
                 if why:
-                    yield f"{shown} {why}{whom}, by the site's rule ({place})"
+                    yield f"{what} {why}{whom}, by the site's rule ({place})"
                     break
 
 
@@ -351,8 +352,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return str(value) if type(value) is int else value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
