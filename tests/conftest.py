@@ -59,7 +59,7 @@ class Cluster:
 
 
 @contextmanager
-def development_cluster(name: str, *arguments: str) -> Iterator[Cluster]:
+def development_cluster(name: str, *arguments: str | Path) -> Iterator[Cluster]:
     """A cluster of its own, for a test that needs another configuration; gone afterwards."""
     need_slurm()
     # Of /tmp a node sees only its own; a checkout or an environment that lies there must be shared.

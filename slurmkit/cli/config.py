@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.config.source import leaves
 from slurmkit.job.settle import Settled, settle
 
 _WIDTH = 60
@@ -25,14 +26,14 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
     if as_json:
         click.echo(json.dumps(_as_json(settled), indent=2, ensure_ascii=False))
         return
-    for key, value in _flat(settled.spec.model_dump(mode="json", exclude={"config"})):
+    for key, value in leaves(settled.spec.model_dump(mode="json", exclude={"config"})):
         if value not in (None, [], {}, False) or settled.origins.get(key, "default") != "default":
             _line(key, value, settled.origins.get(key, "default"))
     for folder in settled.templates:
         _line("templates", str(folder), "before slurmkit's own")
     if settled.train is not None:
         click.echo(f"\n# the training configuration, from {settled.origins['config']}")
-        for key, value in _flat(settled.train.model_dump(mode="json")):
+        for key, value in leaves(settled.train.model_dump(mode="json")):
             _line(key, value, settled.config_origins.get(key, "default"))
 
 
@@ -40,22 +41,15 @@ def _as_json(settled: Settled) -> dict[str, Any]:
     spec = settled.spec.model_dump(mode="json", exclude={"config"})
     result = {
         "spec": spec,
-        "origins": {key: settled.origins.get(key, "default") for key, _ in _flat(spec)},
+        "origins": {key: settled.origins.get(key, "default") for key, _ in leaves(spec)},
         "templates": [str(folder) for folder in settled.templates],
         "sources": [str(path) for path in settled.sources],
     }
     if settled.train is not None:
         train = settled.train.model_dump(mode="json")
         result["config"] = train
-        result["config_origins"] = {key: settled.config_origins.get(key, "default") for key, _ in _flat(train)}
+        result["config_origins"] = {key: settled.config_origins.get(key, "default") for key, _ in leaves(train)}
     return result
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
-    return found
 
 
 def _line(key: str, value: Any, origin: str) -> None:

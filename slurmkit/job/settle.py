@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from slurmkit.config.source import Source, merge, put
+from slurmkit.config.source import Source, leaves, merge, put
 from slurmkit.config.validate import origin_of, validate
 from slurmkit.errors import UserError
 from slurmkit.job.layers import Layer, absolute, anchor_paths, profile_layer, read_layers, site_file
@@ -122,7 +122,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     files += map(Path, sorted({match[1] for place in config_origins.values() if (match := _FILE.fullmatch(place))}))
     return Settled(
         spec,
-        {key: origin_of(source, tuple(key.split("."))) or "default" for key in _leaves(spec.model_dump(mode="json"))},
+        {key: origin_of(source, tuple(key.split("."))) or "default" for key, _ in leaves(spec.model_dump(mode="json"))},
         folders,
         tuple(dict.fromkeys(path.absolute() for path in files)),
         train,
@@ -290,11 +290,3 @@ def _default_name(config: Path | None, request: Request, data: Mapping[str, Any]
         command = data["command"]
         name = os.path.basename(str(command[0])) if isinstance(command, list) and command else ""
     return re.sub(r"^[._+-]+|-+$", "", re.sub(r"[^A-Za-z0-9._+-]+", "-", name))[:100] or "run"
-
-
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key

@@ -19,13 +19,12 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Cluster
+from conftest import Cluster, development_cluster
 from parts import REPOSITORY, missing, need_slurm
 
 from slurmkit.job.container import missing_parts
 from slurmkit.job.spec import JobSpec
 
-_DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
 # What Python needs beside /usr, wherever this test's own environment keeps it.
 _PYTHON = sorted(
     {
@@ -145,7 +144,6 @@ def machines() -> Iterator[Machines]:
     if shutil.which("podman") is None:
         missing("podman is not installed (scripts/test installs it as root on Debian)")
     folder = Path(tempfile.mkdtemp(prefix="slurmkit-container-", dir="/var/tmp"))
-    name = f"ct{os.getpid()}"
     try:
         make_image(folder / "root")
         shutil.copytree(folder / "root", folder / "with-aliases", symlinks=True)
@@ -162,25 +160,15 @@ def machines() -> Iterator[Machines]:
         )
         (folder / "containers.conf").write_text('[engine]\ntmp_dir = "/tmp/podman/tmp"\nevents_logger = "none"\n')
         (folder / "plugstack.conf").write_text(f"required {build_pyxis(folder)} data=/tmp/enroot userland=/usr\n")
-        shared = [path for path in {REPOSITORY, Path(sys.prefix)} if path.is_relative_to("/tmp")]
-        options = [word for path in shared for word in ("--shared", str(path))]
-        subprocess.run(
-            [_DEVCLUSTER, "up", "--name", name, "--nodes", "2", "--etc", folder / "plugstack.conf", *options],
-            check=True,
-            timeout=120,
-        )
-        line = subprocess.run([_DEVCLUSTER, "env", "--name", name], check=True, capture_output=True, text=True).stdout
-        found = Machines(Cluster(name, line.partition("SLURM_CONF=")[2].strip()), folder)
-        for node in ("node1", "node2"):
-            # crun 1.8 refuses a cgroup v2 beside v1 that has controllers, as this kernel's may; /run is the host's.
-            hide = (
-                "! grep -qs . /sys/fs/cgroup/unified/cgroup.controllers || mount -t tmpfs tmpfs /sys/fs/cgroup/unified"
-            )
-            own = "mkdir -p /run/crun && mount -t tmpfs tmpfs /run/crun"
-            found.cluster.on_node(node, "sh", "-c", f"{hide}; {own}")
-        yield found
+        with development_cluster(f"ct{os.getpid()}", "--nodes", "2", "--etc", folder / "plugstack.conf") as cluster:
+            for node in ("node1", "node2"):
+                # crun 1.8 refuses a cgroup v2 beside v1 that has controllers, as this kernel's may; /run is the host's.
+                unified = "/sys/fs/cgroup/unified"
+                hide = f"! grep -qs . {unified}/cgroup.controllers || mount -t tmpfs tmpfs {unified}"
+                own = "mkdir -p /run/crun && mount -t tmpfs tmpfs /run/crun"
+                cluster.on_node(node, "sh", "-c", f"{hide}; {own}")
+            yield Machines(cluster, folder)
     finally:
-        subprocess.run([_DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
         shutil.rmtree(folder)
 
 

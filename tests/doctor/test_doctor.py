@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
+from conftest import Cluster, development_cluster
 from parts import REPOSITORY, SLURMKIT, missing, need_slurm
 
 from slurmkit.doctor.finding import Checks, Finding, Subject, ask
@@ -333,21 +333,10 @@ def test_leftovers_of_dead_jobs_are_found_and_those_of_living_ones_left_out(
 
 
 def test_a_node_with_little_shared_memory_and_a_small_tmp_is_warned_about(shared_path: Path) -> None:
-    need_slurm()
-    script, name = REPOSITORY / "scripts/devcluster", f"small{os.getpid()}"
-    shared = ["--shared", str(REPOSITORY)] if REPOSITORY.is_relative_to("/tmp") else []
-    subprocess.run(
-        [script, "up", "--name", name, "--nodes", "1", "--shm-size", "64m", "--tmp-size", "100m",
-         "--no-accounting", *shared],
-        check=True, timeout=120, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        line = subprocess.run([script, "env", "--name", name], check=True, capture_output=True, text=True).stdout
-        small = Cluster(name, line.partition("SLURM_CONF=")[2].strip())
+    sizes = ["--shm-size", "64m", "--tmp-size", "100m"]
+    with development_cluster(f"small{os.getpid()}", "--nodes", "1", "--no-accounting", *sizes) as small:
         seen = on_nodes(small, shared_path, "-N", "1")["node1"]
         login = here(shared_path, **small.environment)[1]
-    finally:
-        subprocess.run([script, "down", "--name", name], check=True, timeout=120)
     assert (seen["/dev/shm"]["result"], seen["/dev/shm"]["found"]) == ("warn", "0.06 of 0.06 GiB free")
     assert (seen["/tmp"]["result"], seen["/tmp"]["found"]) == ("warn", "0.10 of 0.10 GiB free (tmpfs)")
     assert (login["accounting"]["result"], login["controller"]["result"]) == ("warn", "ok")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, need_slurm
+from conftest import development_cluster
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm.client import Gres, JobState, Node, Partition, SlurmClient
@@ -35,22 +35,19 @@ HOSTILE_COMMENT = "ExitCode=9:0 a=b\n12\x1f%x,;#"
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """A cluster of three nodes; called, one of Slurm's own commands on it."""
-    need_slurm()
     site = tmp_path_factory.mktemp("site") / "site.conf"
     site.write_text(SITE)
-    name, devcluster = f"client{os.getpid() % 100000}", REPOSITORY / "scripts" / "devcluster"
-    subprocess.run([devcluster, "up", "--name", name, "--nodes", "3", "--conf", site], check=True, timeout=120)
 
     def ask(*command: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SLURM_CONF", f"/run/slurmkit-{name}/etc/slurm.conf")
-            ask("scontrol", "update", "PartitionName=odd", "Hidden=YES")
-            yield ask
-    finally:
-        subprocess.run([devcluster, "down", "--name", name], check=True, timeout=120)
+    with (
+        development_cluster(f"client{os.getpid() % 100000}", "--nodes", "3", "--conf", site) as cluster,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("SLURM_CONF", cluster.configuration)
+        ask("scontrol", "update", "PartitionName=odd", "Hidden=YES")
+        yield ask
 
 
 @pytest.fixture(scope="module")

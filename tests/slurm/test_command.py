@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
-from parts import REPOSITORY, need_slurm
+from conftest import Cluster, development_cluster
 
 from slurmkit.errors import UserError
 from slurmkit.slurm import parse
@@ -135,12 +133,6 @@ def test_time_limits_are_minutes(text: str, minutes: int | None) -> None:
 def test_without_accounting_a_job_that_the_controller_forgot_is_unknown_and_no_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    need_slurm()
-    name = f"plain{os.getpid()}"
-    devcluster = REPOSITORY / "scripts" / "devcluster"
-    subprocess.run([devcluster, "up", "--name", name, "--nodes", "1", "--no-accounting"], check=True, timeout=120)
-    try:
-        monkeypatch.setenv("SLURM_CONF", str(Path(f"/run/slurmkit-{name}/etc/slurm.conf")))
+    with development_cluster(f"plain{os.getpid()}", "--nodes", "1", "--no-accounting") as cluster:
+        monkeypatch.setenv("SLURM_CONF", cluster.configuration)
         assert CommandClient().job("4711") is None
-    finally:
-        subprocess.run([devcluster, "down", "--name", name], check=True, timeout=120)

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
-from parts import REPOSITORY, need_slurm
+from conftest import Cluster, development_cluster
 
 from slurmkit.job.render import render
 from slurmkit.job.spec import DIRECTIVES, JobSpec
 
-DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
 NODES = """
 GresTypes=gpu,shard
 DefMemPerCPU=1000
@@ -73,22 +70,14 @@ exit 9
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    need_slurm()
     name = f"mixed{os.getpid() % 10**7}"
     folder = tmp_path_factory.mktemp("site")
     (folder / "gres.conf").write_text(GRES.replace("STATE", f"/run/slurmkit-{name}"))
     (folder / "topology.conf").write_text(TOPOLOGY)
     (folder / "site.conf").write_text(NODES)
-    shared = [path for path in {REPOSITORY, Path(sys.prefix)} if path.is_relative_to("/tmp")]
-    options = [word for path in shared for word in ("--shared", str(path))]
-    options += ["--conf", str(folder / "site.conf"), "--etc", str(folder / "gres.conf")]
-    options += ["--etc", str(folder / "topology.conf")]
-    subprocess.run([DEVCLUSTER, "up", "--name", name, "--nodes", "4", *options], check=True, timeout=120)
-    try:
-        line = subprocess.run([DEVCLUSTER, "env", "--name", name], check=True, capture_output=True, text=True).stdout
-        yield Cluster(name, line.partition("SLURM_CONF=")[2].strip())
-    finally:
-        subprocess.run([DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
+    site = ["--conf", folder / "site.conf", "--etc", folder / "gres.conf", "--etc", folder / "topology.conf"]
+    with development_cluster(name, "--nodes", "4", *site) as found:
+        yield found
 
 
 FORMS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
