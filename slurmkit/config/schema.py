@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
-
-from slurmkit.config.section import Section
+from slurmkit.config.section import Field, Section, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 # A year: what waits must have a deadline, and timers overflow far above.
@@ -83,7 +81,7 @@ class OptimizerKwargs(Section):
     """Learning rate."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Decoupled weight decay."""
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), strict=False)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
-
+from slurmkit.config.section import Problem, Section, ValidationError
 from slurmkit.config.source import Key, Source
 from slurmkit.errors import UserError
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Section)
 _KEY = re.compile(r"[a-z]\w*(?:\.\w+)*")
 
 
@@ -20,27 +19,25 @@ def validate(model: type[Model], source: Source) -> Model:
     try:
         return model.model_validate(source.data)
     except ValidationError as error:
-        problems = [_describe(model, source, dict(problem)) for problem in error.errors(include_url=False)]
+        problems = [_describe(model, source, problem) for problem in error.problems]
     raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _describe(model: type[BaseModel], source: Source, problem: dict[str, Any]) -> str:
-    key = _written_key(source.data, problem["loc"])
+def _describe(model: type[Section], source: Source, problem: Problem) -> str:
+    key = tuple(map(str, problem.location))
     name = ".".join(key)
     origin = origin_of(source, key)
     place = f" ({origin})" if origin else ""
-    if problem["type"] == "extra_forbidden":
+    if problem.kind == "unknown":
         return f"unknown key {name}{place}{_nearest(name, model)}"
-    if problem["type"] == "missing":
+    if problem.kind == "missing":
         return f"{name} is missing: it must be given"
-    if problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"])
-        place = _places(source, key, message) or place
-        return f"{name}: {message}{place}" if name else message + place
-    if problem["type"] == "too_short":
+    if problem.kind == "value":
+        place = _places(source, key, problem.message) or place
+        return f"{name}: {problem.message}{place}" if name else problem.message + place
+    if problem.kind == "empty":
         return f"{name}: must not be empty{place}"
-    message = problem["msg"].removeprefix("Input ")
-    return f"{name}: {message}, not {shown(problem['input'])}{place}"
+    return f"{name}: {problem.message}, not {shown(problem.input)}{place}"
 
 
 def _places(source: Source, section: Key, message: str) -> str:
@@ -64,20 +61,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _written_key(data: Any, location: tuple[int | str, ...]) -> Key:
-    """pydantic's location without the names of union members, which nobody wrote."""
-    key: list[str] = []
-    for depth, part in enumerate(location):
-        is_last = depth == len(location) - 1
-        inside: Any = dict(enumerate(data)) if isinstance(data, list) else data
-        if isinstance(inside, dict) and part in inside:
-            data = inside[part]
-        elif not (is_last and isinstance(data, dict)):
-            continue
-        key.append(str(part))
-    return tuple(key)
-
-
 def origin_of(source: Source, key: Key) -> str | None:
     """Where a key was written; for a key below the last written one, its nearest parent's place."""
     while key:
@@ -87,7 +70,7 @@ def origin_of(source: Source, key: Key) -> str | None:
     return None
 
 
-def _nearest(name: str, model: type[BaseModel]) -> str:
+def _nearest(name: str, model: type[Section]) -> str:
     found = nearest(name, [key for key in known_keys(model) if not name.startswith(f"{key}.")])
     return f"; the nearest known key is {found}" if found else ""
 
@@ -104,7 +87,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def known_keys(model: type[Section], prefix: str = "") -> Iterator[str]:
     """All dotted keys of a model tree, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
@@ -112,8 +95,8 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from known_keys(nested, f"{prefix}{name}.")
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
         yield from _models_in(argument)

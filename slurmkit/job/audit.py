@@ -16,9 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from slurmkit import __version__
 from slurmkit.config.section import Section
@@ -37,7 +35,7 @@ _HEADER = re.compile(
 _ORIGIN = re.compile(r"(?P<path>.+?)(?P<line>:\d+)?")
 HEAD_BYTES = 1000
 
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = tuple[str, ...]
 
 
 class Commit(Section):

@@ -11,9 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_serializer, model_validator
-
-from slurmkit.config.section import Section
+from slurmkit.config.section import AfterValidator, Field, Section, model_serializer, model_validator
 from slurmkit.errors import Failure
 from slurmkit.job.values import AbsolutePath, Line, Name
 
@@ -73,7 +71,7 @@ class Container(Section):
     """`none`: straight on the node. Each runtime is one file in templates/container/: pyxis, apptainer, podman."""
     image: Annotated[Line, AfterValidator(_reference)] | None = None
     """An absolute path, or a reference in the runtime's own form: docs/containers/."""
-    mounts: Annotated[tuple[Mount, ...], Field(strict=False)] = ()
+    mounts: tuple[Mount, ...] = ()
     """Beside the run directory, the job's workdir and /tmp: `src:dst`, `src:dst:ro`, or `src`."""
     workdir: AbsolutePath | None = None
     """Where the command starts, inside; by default the job's workdir, which is then mounted."""
@@ -83,7 +81,7 @@ class Container(Section):
     """Whether the image's own files can be changed inside."""
     name: Name | None = None
     """Keep the container on its nodes under this name, and use it again; by default each job has a fresh one."""
-    check: Annotated[tuple[Literal["image", "mounts", "runtime"], ...], Field(strict=False)] = (
+    check: tuple[Literal["image", "mounts", "runtime"], ...] = (
         "image",
         "mounts",
         "runtime",

@@ -32,8 +32,8 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
-from pydantic import BaseModel
 
+from slurmkit.config.section import Section
 from slurmkit.job.values import shell_word
 
 # Seconds and bytes that one rendering may take. Ours takes some ten milliseconds.
@@ -71,7 +71,7 @@ def _concat(values: Iterable[Any], separator: str = "") -> str:
 
 def _string(value: Any) -> str:
     """The text of a number or of a section of the spec; that of any other object could hold an address in memory."""
-    return str(value) if isinstance(value, BaseModel) else value if isinstance(value, Markup) else _concat([value])
+    return str(value) if isinstance(value, Section) else value if isinstance(value, Markup) else _concat([value])
 
 
 def _replace(text: str, old: str, new: str) -> str:
@@ -113,8 +113,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {"string": _string, "concat": _concat, "join": _concat, "replace": _replace, **filters}
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Nothing of pydantic's own (some of it reads files), no str.format, and no method of code, which is HTML's."""
-        if isinstance(obj, BaseModel) and hasattr(BaseModel, attr):
+        """Of a section what its own class has, no str.format, and no method of code, which is HTML's."""
+        if isinstance(obj, Section) and hasattr(Section, attr):
             return False
         return not isinstance(obj, Markup) and super().is_safe_attribute(obj, attr, value)
 

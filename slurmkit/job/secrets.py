@@ -13,9 +13,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_serializer, model_validator
-
-from slurmkit.config.section import Section
+from slurmkit.config.section import BeforeValidator, Section, model_serializer, model_validator
 from slurmkit.errors import UserError
 
 # Seconds that a command may take: somebody may have to find a passphrase, or the key to touch.
@@ -67,13 +65,13 @@ class SecretSource(Section):
     """A variable of the submitting environment."""
     file: str | None = None
     """A file of the user's (or root's) that nobody else may read: one line."""
-    command: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    command: str | tuple[str, ...] | None = None
     """A command that prints it, such as `pass show hf`; it may ask on the terminal. No shell reads it."""
 
     @model_validator(mode="before")
     @classmethod
     def _one_of_three(cls, data: Any) -> Any:
-        # Here and not left to pydantic, whose messages show what was given: that may be the secret itself.
+        # Here and not left to the types, whose messages show what was given: that may be the secret itself.
         if isinstance(data, SecretSource):
             return data
         given = {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else {}

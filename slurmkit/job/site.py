@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from slurmkit.config.section import Section
 from slurmkit.config.source import Key, Source, merge, parse_yaml, put, read_text
@@ -23,8 +21,8 @@ from slurmkit.job.layers import EXTRA_KEYS, absolute, anchor_paths
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.values import Word, gpus_in_gres, gpus_of, megabytes_of, minutes_of
 
-Names = Annotated[tuple[str, ...], Field(strict=False)]
-Lines = Annotated[tuple[Word, ...], Field(strict=False)]
+Names = tuple[str, ...]
+Lines = tuple[Word, ...]
 # What a limit may also speak of: figures that follow from several keys.
 _DERIVED = ("total_gpus", "gpu_hours")
 
@@ -36,7 +34,7 @@ class Limit(Section):
     """At least this."""
     max: int | float | str | None = None
     """At most this."""
-    allowed: Annotated[tuple[int | float | bool | str, ...], Field(strict=False)] | None = None
+    allowed: tuple[int | float | bool | str, ...] | None = None
     """One of these."""
     pattern: str | None = None
     """A regular expression that the whole value must match."""

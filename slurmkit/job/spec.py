@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
-
-from slurmkit.config.section import Section
+from slurmkit.config.section import AfterValidator, Field, Section, model_validator
 from slurmkit.job.container import Container
 from slurmkit.job.secrets import Secrets, no_secret_name
 from slurmkit.job.values import (
@@ -139,11 +137,11 @@ class JobSpec(Section):
     umask: Umask = "077"
     """Permissions that every file of the run is made without: 077 is the user alone, 027 lets a group read."""
 
-    prologue: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    prologue: tuple[Word, ...] = ()
     """Shell lines of the site's, on every node before `setup`."""
-    setup: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    setup: tuple[Word, ...] = ()
     """Shell lines that run on every node before Ray starts, as they are: `module load …`."""
-    epilogue: Annotated[tuple[Word, ...], Field(strict=False)] = ()
+    epilogue: tuple[Word, ...] = ()
     """Shell lines that run on the first node when the command has ended; its exit code stays the job's."""
 
     python: Interpreter
@@ -153,7 +151,7 @@ class JobSpec(Section):
     """Where the command starts."""
     run_dir: AbsolutePath
     """Where everything that the run leaves goes."""
-    command: Annotated[tuple[Word, ...], Field(min_length=1, strict=False)]
+    command: Annotated[tuple[Word, ...], Field(min_length=1)]
     """What runs, once, on the first node."""
     config: Word | None = None
     """The training configuration, settled and whole, as YAML; the script writes it to the run directory."""

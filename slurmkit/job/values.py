@@ -6,8 +6,7 @@ import re
 import shlex
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator
-
+from slurmkit.config.section import AfterValidator, BeforeValidator
 from slurmkit.job.secrets import no_secret
 
 # A name is also a folder's name and a word in file patterns, so it is kept plain.

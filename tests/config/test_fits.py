@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from tiny import tiny_config
 
 from slurmkit.config.load import load_config
+from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, Settled, settle
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import HOSTILE, REPOSITORY
-from pydantic import ValidationError
 
+from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import Request, settle

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from parts import SLURMKIT
-from pydantic import TypeAdapter, ValidationError
 
+from slurmkit.config.section import Section, ValidationError
 from slurmkit.errors import UserError
 from slurmkit.job import secrets
 from slurmkit.job.secrets import (
@@ -38,8 +38,12 @@ TOKENS = [
 ]
 
 
+class Holder(Section):
+    secrets: Secrets
+
+
 def of(data: object) -> dict[str, SecretSource]:
-    return TypeAdapter(Secrets).validate_python(data)
+    return Holder.model_validate({"secrets": data}).secrets
 
 
 def read(source: object) -> str:
@@ -81,11 +85,10 @@ def test_a_value_is_read_from_the_environment_a_file_or_a_command(here: Path, mo
 
 def test_a_list_of_names_takes_all_from_the_environment_and_both_forms_survive_as_plain_data() -> None:
     data = {"A": "env", "B": {"file": "/x"}, "C": {"command": ["a", "b"]}, "D": {"command": "a b", "env": None}}
-    adapter: TypeAdapter[dict[str, SecretSource]] = TypeAdapter(Secrets)
     assert of(["A", "B"]) == of({"A": "env", "B": {"env": "B"}})
-    plain = adapter.dump_python(of(data), mode="json")
+    plain = Holder(secrets=of(data)).model_dump(mode="json")["secrets"]
     assert plain == {"A": {"env": "A"}, "B": {"file": "/x"}, "C": {"command": ["a", "b"]}, "D": {"command": "a b"}}
-    assert adapter.validate_python(plain) == of(data)
+    assert of(plain) == of(data)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601, 0o644])
@@ -181,10 +184,10 @@ def test_all_that_is_missing_is_named_at_once_and_no_command_asks_then(
 def test_a_wrong_source_is_refused_and_a_value_in_its_place_is_not_repeated(data: object) -> None:
     with pytest.raises(ValidationError) as caught:
         of(data)
-    [problem] = caught.value.errors()
-    assert problem["type"] == "value_error"
-    assert VALUE not in problem["msg"]
-    assert TOKENS[0] not in problem["msg"]
+    [problem] = caught.value.problems
+    assert problem.kind == "value"
+    assert VALUE not in problem.message
+    assert TOKENS[0] not in problem.message
 
 
 @pytest.mark.parametrize(
