@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from copy import copy
-from dataclasses import dataclass
 from math import isfinite
 from types import NoneType, UnionType
 from typing import (
@@ -49,22 +48,19 @@ class ValidationError(ValueError):
         self.problems = problems
 
 
-@dataclass(frozen=True, slots=True)
-class BeforeValidator:
+class BeforeValidator(NamedTuple):
     """In Annotated: what a value goes through before its type is checked. It raises ValueError."""
 
     function: Callable[[Any], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class AfterValidator:
+class AfterValidator(NamedTuple):
     """In Annotated: what a value of the right type goes through. It raises ValueError."""
 
     function: Callable[[Any], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """In Annotated: bounds of a number, the least length of a tuple, a pattern that is found in a text."""
 
     ge: float | None = None
