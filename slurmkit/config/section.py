@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from copy import copy
 from math import isfinite
 from types import NoneType, UnionType
 from typing import (
@@ -61,7 +60,7 @@ class AfterValidator(NamedTuple):
 
 
 class Field(NamedTuple):
-    """In Annotated: bounds of a number, the least length of a tuple, a pattern that is found in a text."""
+    """In Annotated: bounds of a number, the least length of a tuple, a pattern of a whole text."""
 
     ge: float | None = None
     gt: float | None = None
@@ -85,7 +84,7 @@ class Field(NamedTuple):
             return "type", "should be a finite number"
         if self.min_length is not None and len(value) < self.min_length:
             return "empty", f"should have at least {self.min_length} items"
-        if self.pattern is not None and not re.search(self.pattern, value):
+        if self.pattern is not None and not re.fullmatch(self.pattern, value):
             return "type", f"should match pattern {self.pattern!r}"
         return None
 
@@ -113,6 +112,11 @@ class Key:
         self.section, self.name, self.default = section, name, default
 
     @property
+    def fresh(self) -> Any:
+        """The default, not shared where somebody could change it."""
+        return dict(self.default) if isinstance(self.default, dict) else self.default
+
+    @property
     def annotation(self) -> Any:
         """The key's type, its validators included."""
         return self.section._types()[self.name]
@@ -124,13 +128,14 @@ class Section:
 
     model_fields: dict[str, Key] = {}
     _rules: dict[str, tuple[str, ...]] = {"before": (), "after": (), "dump": ()}
-    _checks: dict[str, Check] | None = None
+    _hints: dict[str, Any] = {}
+    _checks: dict[str, Check] = {}
 
     def __init_subclass__(cls) -> None:
         own = vars(cls)
         named = [name for name in own.get("__annotations__", {}) if not name.startswith("_")]
         cls.model_fields = cls.model_fields | {name: Key(cls, name, own.get(name, _REQUIRED)) for name in named}
-        cls._checks = None
+        cls._hints, cls._checks = {}, {}
         marked = [(getattr(getattr(each, "__func__", each), "_rule", None), name) for name, each in own.items()]
         cls._rules = {
             mode: (*names, *(name for rule, name in marked if rule == mode)) for mode, names in cls._rules.items()
@@ -145,14 +150,17 @@ class Section:
     @classmethod
     def model_validate(cls, value: Any) -> Self:
         """A section of plain data, or the section that is given. ValidationError lists all problems."""
-        found: Self = checked(cls, value)
+        problems: list[Problem] = []
+        found: Self = _section(cls)(value, (), problems)
+        if problems:
+            raise ValidationError(problems)
         return found
 
     @classmethod
     def model_construct(cls, **values: Any) -> Self:
         """A section of values that are known to be right."""
         made = cls.__new__(cls)
-        made.__dict__.update({name: copy(key.default) for name, key in cls.model_fields.items()} | values)
+        made.__dict__.update({name: key.fresh for name, key in cls.model_fields.items()} | values)
         made.__dict__["model_fields_set"] = frozenset(values)
         return made
 
@@ -168,11 +176,12 @@ class Section:
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
-        return get_type_hints(cls, include_extras=True)
+        cls._hints = cls._hints or get_type_hints(cls, include_extras=True)
+        return cls._hints
 
     def _fill(self, values: Mapping[str, Any], location: Location, problems: list[Problem]) -> None:
         cls = type(self)
-        if cls._checks is None:
+        if not cls._checks:
             types = cls._types()
             cls._checks = {name: _check(types[name]) for name in cls.model_fields}
         before = len(problems)
@@ -182,7 +191,7 @@ class Section:
             elif key.default is _REQUIRED:
                 problems.append(Problem("missing", (*location, name), "is required", values))
             else:
-                self.__dict__[name] = copy(key.default)
+                self.__dict__[name] = key.fresh
         for name in values:
             if name not in cls.model_fields:
                 problems.append(Problem("unknown", (*location, name), "Extra inputs are not permitted", values[name]))
@@ -211,16 +220,6 @@ class Section:
 
 
 Check = Callable[[Any, Location, list[Problem]], Any]
-Kind = TypeVar("Kind")
-
-
-def checked(kind: type[Kind] | Any, value: Any) -> Any:
-    """A value of a type that a key could have. ValidationError lists all problems."""
-    problems: list[Problem] = []
-    result = _check(kind)(value, (), problems)
-    if problems:
-        raise ValidationError(problems)
-    return result
 
 
 def _plain(value: Any, mode: Literal["python", "json"]) -> Any:
@@ -251,6 +250,8 @@ def _check(kind: Any) -> Check:
         return _dictionary(*map(_check, arguments))
     if isinstance(kind, type) and issubclass(kind, Section):
         return _section(kind)
+    if kind is float:
+        return _float
     if kind in _SIMPLE:
         return _if(*_SIMPLE[kind])
     assert kind is Any, f"no check for {kind}"
@@ -259,11 +260,25 @@ def _check(kind: Any) -> Check:
 
 _SIMPLE: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (lambda value: type(value) is int, "should be a valid integer"),
-    float: (lambda value: type(value) in (int, float), "should be a valid number"),
-    str: (lambda value: isinstance(value, str), "should be a valid string"),
+    str: (lambda value: isinstance(value, str) and _is_unicode(value), "should be a valid string"),
     bool: (lambda value: type(value) is bool, "should be a valid boolean"),
     NoneType: (lambda value: value is None, "should be null"),
 }
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: an argument that is no UTF-8 reaches Python as half a character."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _float(value: Any, location: Location, problems: list[Problem]) -> Any:
+    try:
+        if type(value) in (int, float):
+            return float(value)
+    except OverflowError:
+        pass
+    problems.append(Problem("type", location, "should be a valid number", value))
+    return value
 
 
 def _if(is_right: Callable[[Any], bool], message: str) -> Check:

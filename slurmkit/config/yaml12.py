@@ -71,6 +71,9 @@ def parse(path: Path, text: str) -> Source:
     try:
         node = loader.get_single_node()
         data = {} if node is None else loader.construct_document(node)
+        places = {} if node is None else dict(_places(node, path))
+    except RecursionError:
+        raise UserError(f"{path}: an anchor stands inside itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -79,7 +82,7 @@ def parse(path: Path, text: str) -> Source:
         loader.dispose()
     if not isinstance(data, dict):
         raise UserError(f"{path}: must hold keys and values, found {type(data).__name__}")
-    return Source(data, dict(_places(node, path)) if node is not None else {})
+    return Source(data, places)
 
 
 def _places(node: yaml.Node, path: Path, prefix: Key = ()) -> Iterator[tuple[Key, str]]:

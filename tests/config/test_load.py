@@ -158,6 +158,7 @@ def test_a_bad_override_is_refused_in_its_own_words(base: Path, override: str, m
         ("a: 1\nb: [", ":2: not valid YAML"),
         ("a: 1\na: 2\n", ":2: not valid YAML: the key 'a' stands twice, first in line 1"),
         ("- 1\n", "must hold keys and values, found list"),
+        ("a: &x {b: [*x]}\n", "an anchor stands inside itself"),
         ("1: x\n", ":1: not valid YAML: the key 1 must be text"),
         ("a: !!python/object:os.system x\n", "not valid YAML"),
     ],
