@@ -15,8 +15,8 @@ from conftest import Cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parts import HOSTILE
-from pydantic import ValidationError
 
+from slurmkit.config.section import ValidationError
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
 
