@@ -7,8 +7,10 @@ are looked at when a section is first filled, and a class costs next to nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from math import isfinite
+from operator import ge, gt, le, lt
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -70,23 +72,23 @@ class Field(NamedTuple):
     pattern: str | None = None
     allow_inf_nan: bool = True
 
-    def problem(self, value: Any) -> tuple[str, str] | None:
-        """Kind and message of what is wrong with a value of the right type."""
-        for bound, holds, words in (
-            (self.ge, self.ge is None or value >= self.ge, "greater than or equal to"),
-            (self.gt, self.gt is None or value > self.gt, "greater than"),
-            (self.le, self.le is None or value <= self.le, "less than or equal to"),
-            (self.lt, self.lt is None or value < self.lt, "less than"),
+    def tests(self) -> Iterator[tuple[Callable[[Any], bool], str, str]]:
+        """What a value of the right type must pass, and the kind and message of the problem if it does not."""
+        for bound, holds_with, words in (
+            (self.ge, le, "greater than or equal to"),
+            (self.gt, lt, "greater than"),
+            (self.le, ge, "less than or equal to"),
+            (self.lt, gt, "less than"),
         ):
-            if not holds:
-                return "type", f"should be {words} {bound}"
-        if not self.allow_inf_nan and not isfinite(value):
-            return "type", "should be a finite number"
-        if self.min_length is not None and len(value) < self.min_length:
-            return "empty", f"should have at least {self.min_length} items"
-        if self.pattern is not None and not re.fullmatch(self.pattern, value):
-            return "type", f"should match pattern {self.pattern!r}"
-        return None
+            if bound is not None:
+                yield partial(holds_with, bound), "type", f"should be {words} {bound}"
+        if not self.allow_inf_nan:
+            yield isfinite, "type", "should be a finite number"
+        if (length := self.min_length) is not None:
+            yield lambda value: len(value) >= length, "empty", f"should have at least {length} items"
+        if (pattern := self.pattern) is not None:
+            message = f"should match pattern {pattern!r}"
+            yield lambda value: re.fullmatch(pattern, value) is not None, "type", message
 
 
 def model_validator(mode: Literal["before", "after"]) -> Callable[[Function], Function]:
@@ -184,18 +186,18 @@ class Section:
         if not cls._checks:
             types = cls._types()
             cls._checks = {name: _check(types[name]) for name in cls.model_fields}
-        before = len(problems)
+        found, before = self.__dict__, len(problems)
         for name, key in cls.model_fields.items():
             if name in values:
-                self.__dict__[name] = cls._checks[name](values[name], (*location, name), problems)
+                found[name] = cls._checks[name](values[name], (*location, name), problems)
             elif key.default is _REQUIRED:
                 problems.append(Problem("missing", (*location, name), "is required", values))
             else:
-                self.__dict__[name] = key.fresh
+                found[name] = key.fresh
         for name in values:
             if name not in cls.model_fields:
                 problems.append(Problem("unknown", (*location, name), "Extra inputs are not permitted", values[name]))
-        self.__dict__["model_fields_set"] = frozenset(values)
+        found["model_fields_set"] = frozenset(values)
         for rule in cls._rules["after"] if len(problems) == before else ():
             try:
                 getattr(self, rule)()
@@ -223,6 +225,8 @@ Check = Callable[[Any, Location, list[Problem]], Any]
 
 
 def _plain(value: Any, mode: Literal["python", "json"]) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, Section):
         rules = value._rules["dump"]
         return _plain(getattr(value, rules[-1])(), mode) if rules else value.model_dump(mode)
@@ -291,22 +295,24 @@ def _if(is_right: Callable[[Any], bool], message: str) -> Check:
 
 
 def _annotated(inner: Check, extras: tuple[Any, ...]) -> Check:
-    before = [each.function for each in extras if isinstance(each, BeforeValidator)]
-    after = [each for each in extras if isinstance(each, AfterValidator | Field)]
+    before = [each.function for each in reversed(extras) if isinstance(each, BeforeValidator)]
+    after = [each.function for each in extras if isinstance(each, AfterValidator)]
+    tests = [test for each in extras if isinstance(each, Field) for test in each.tests()]
 
     def check(value: Any, location: Location, problems: list[Problem]) -> Any:
         given, count = value, len(problems)
         try:
-            for function in reversed(before):
+            for function in before:
                 value = function(value)
             value = inner(value, location, problems)
-            for each in after:
-                if len(problems) > count:
-                    break
-                if isinstance(each, AfterValidator):
-                    value = each.function(value)
-                elif found := each.problem(value):
-                    problems.append(Problem(found[0], location, found[1], value))
+            if len(problems) > count:
+                return value
+            for holds, kind, message in tests:
+                if not holds(value):
+                    problems.append(Problem(kind, location, message, value))
+                    return value
+            for function in after:
+                value = function(value)
         except ValueError as error:
             problems.append(Problem("value", location, str(error), given))
         return value
