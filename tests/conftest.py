@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,16 @@ class Cluster:
         """Run one of Slurm's own commands."""
         done = subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True, timeout=60)
         return done.stdout
+
+    def ended(self, job_id: str) -> str:
+        """A job's state and exit code, as accounting has them: it may learn of the end later than squeue does."""
+        deadline = time.monotonic() + 60
+        while True:
+            found = self.ask("sacct", "-X", "-n", "-P", "-o", "End,State,ExitCode", "-j", job_id).strip()
+            if found and all(not line.startswith("Unknown|") for line in found.splitlines()):
+                return found.partition("|")[2]
+            assert time.monotonic() < deadline, f"job {job_id} has not ended in accounting: {found}"
+            time.sleep(0.2)
 
     def on_node(self, node: str, *command: str, input: str = "") -> str:
         """Run a command on a node, beside Slurm."""

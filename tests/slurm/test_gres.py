@@ -172,8 +172,7 @@ def test_the_command_receives_a_signal_once_and_its_exit_code_is_the_job_s(
 ) -> None:
     log = (runs.of(name) / "attempts/latest/driver.log").read_text()
     assert log.splitlines() == ["saved after 1", "ended after 1"], next(runs.of(name).glob("*.out")).read_text()
-    ended = mixed.ask("sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", runs.jobs[name])
-    assert ended.strip() == "COMPLETED|0:0"
+    assert mixed.ended(runs.jobs[name]) == "COMPLETED|0:0"
 
 
 def test_each_task_of_an_array_has_its_own_folder_ray_output_and_exit_code(runs: Runs, mixed: Cluster) -> None:
@@ -183,8 +182,7 @@ def test_each_task_of_an_array_has_its_own_folder_ray_output_and_exit_code(runs:
     assert [task for task, _ in said] == ["1", "2"]
     assert said[0][1] != said[1][1], "two Rays"
     assert {path.name for path in runs.of("array").glob("*.out")} == {f"slurm-{first}_1.out", f"slurm-{first}_2.out"}
-    ended = mixed.ask("sacct", "-X", "-n", "-P", "-o", "JobID,ExitCode", "-j", first).split()
-    assert sorted(ended) == [f"{first}_1|0:0", f"{first}_2|3:0"]
+    assert [mixed.ended(f"{first}_{task}") for task in (1, 2)] == ["COMPLETED|0:0", "FAILED|3:0"]
 
 
 # For each key of JobSpec that becomes a directive, every form of it that this cluster can serve.

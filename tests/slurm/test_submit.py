@@ -99,7 +99,7 @@ def test_the_job_s_exit_code_is_the_driver_s_and_the_end_of_its_log_is_in_the_jo
     assert done.returncode == 7
     job_id = job_id_of(done.stdout)
     assert "the reason" in (shared_path / f"results/bash/slurm-{job_id}.out").read_text()
-    assert cluster.ask("sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-j", job_id).strip() == "FAILED|7:0"
+    assert cluster.ended(job_id) == "FAILED|7:0"
 
 
 def test_the_caller_s_sbatch_and_slurm_variables_change_nothing(cluster: Cluster, shared_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_a_script_that_slurm_stored_differently_is_an_error_and_the_job_is_cance
 
 
 def test_a_dry_run_prints_the_file_and_changes_nothing(cluster: Cluster, shared_path: Path) -> None:
-    before = cluster.ask("sacct", "-X", "-n", "-P", "-o", "JobID")
-    dry = cluster.slurmkit(shared_path, "submit", "--dry-run", "-N", "2", "--", "true")
+    job = "-N", "2", "--name", "never-submitted", "--", "true"
+    dry = cluster.slurmkit(shared_path, "submit", "--dry-run", *job)
     assert dry.returncode == 0
-    assert dry.stdout == cluster.slurmkit(shared_path, "render", "-N", "2", "--", "true").stdout
+    assert dry.stdout == cluster.slurmkit(shared_path, "render", *job).stdout
     assert list(shared_path.iterdir()) == []
-    assert cluster.ask("sacct", "-X", "-n", "-P", "-o", "JobID") == before
+    assert "never-submitted" not in cluster.ask("squeue", "-h", "-t", "all", "-o", "%j").split()
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_node_whose_ray_dies_ends_the_job_and_is_named(cluster: Cluster, share
     wait_until((shared_path / "up").exists, "the driver starts")
     cluster.on_node("node2", "sh", "-c", "kill -9 $(ps -eo pid,comm | awk '$2 == \"raylet\" {print $1}')")
     wait_until(lambda: not is_active(cluster, job_id), "the job ends")
-    assert cluster.ask("sacct", "-X", "-n", "-P", "-o", "ExitCode", "-j", job_id).strip() == "75:0"
+    assert cluster.ended(job_id) == "FAILED|75:0"
     output = (shared_path / f"results/x/slurm-{job_id}.out").read_text()
     assert "slurmkit: node node2: its raylet died" in output
     assert any((shared_path / "results/x/attempts/latest").glob("ray-node2/raylet*"))
