@@ -43,10 +43,15 @@ def stored_script(job_id: str, client: SlurmClient) -> bytes:
     return script
 
 
+def run_dir_in(script: bytes) -> Path | None:
+    """The run directory that a rendered script names."""
+    found = _RUN_DIR.search(script.decode(errors="replace"))
+    return Path(shlex.split(found[1])[0]) if found and header_of(script) else None
+
+
 def places(job_id: str, script: bytes) -> Iterator[Place]:
     """Each place that holds the job's script, compared with `script`, which Slurm stores."""
-    found = _RUN_DIR.search(script.decode(errors="replace"))
-    run_dir = Path(shlex.split(found[1])[0]) if found else None
+    run_dir = run_dir_in(script)
     if run_dir is None:
         raise UserError(f"job {job_id}: its script names no run directory")
     directory = RunDirectory(run_dir)

@@ -1,0 +1,57 @@
+"""The arguments that name runs, with completion, and what the commands that look at runs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from slurmkit.errors import SlurmkitError
+from slurmkit.run.find import find_run, jobs_of, results_folder, runs_in
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class RunType(click.ParamType):  # type: ignore[type-arg] # generic in newer releases of click only
+    """RUN: a name in the results folder, a path of a run directory, or a job id. Becomes the run directory's path."""
+
+    name = "run"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """UserError with the nearest names where there is no such run."""
+        return value if isinstance(value, Path) else find_run(value, results_folder(Path.cwd()))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names, newest first, and job ids once a digit is typed; from files alone."""
+        if "/" in incomplete:
+            return [CompletionItem(incomplete, type="dir")]
+        try:
+            runs = runs_in(results_folder(Path.cwd()))
+        except SlurmkitError:
+            return []
+        runs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        found = [CompletionItem(path.name) for path in runs if path.name.startswith(incomplete)]
+        if incomplete.isdigit():
+            jobs = [(job_id, path.name) for path in runs for job_id in jobs_of(path) if job_id.startswith(incomplete)]
+            found += [CompletionItem(job_id, help=name) for job_id, name in sorted(jobs, key=lambda job: -int(job[0]))]
+        return found
+
+
+def run_argument(function: Function) -> Function:
+    """RUN, exactly one, as `run`."""
+    return click.argument("run", type=RunType())(function)
+
+
+def runs_argument(required: bool) -> Callable[[Function], Function]:
+    """RUN…, as `runs`."""
+    return click.argument(
+        "runs", nargs=-1, type=RunType(), metavar="RUN..." if required else "[RUN...]", required=required
+    )
+
+
+def json_option(function: Function) -> Function:
+    """--json, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)

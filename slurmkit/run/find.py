@@ -1,0 +1,118 @@
+"""Which run is meant: by its name in the results folder, by its path, or by the id of one of its jobs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slurmkit.errors import Failure, UserError
+
+_JOB_ID = re.compile(r"(\d+)(?:[_+]\S+)?")
+
+
+def results_folder(directory: Path, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where `submit` puts a run that is submitted from `directory`: ./results, if nothing says otherwise."""
+    from slurmkit.job.layers import read_layers, site_file
+
+    found = None
+    if (site := site_file(environ)) is not None:
+        from slurmkit.job.site import read_site
+
+        found = read_site(site).rules.defaults.get("results_dir")
+    for layer in read_layers(None, directory, environ):
+        found = layer.source.data.get("results_dir", found)
+    return Path(found) if isinstance(found, str) else directory / "results"
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (path / "run.json").is_file() or (path / "attempts").is_dir()
+
+
+def runs_in(results: Path) -> list[Path]:
+    """All run directories in a folder, by name; none where there is no such folder."""
+    try:
+        return sorted(path for path in results.iterdir() if not path.name.startswith(".") and is_run(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise Failure(f"{results} cannot be read: {error.strerror}") from None
+
+
+def find_run(text: str, results: Path) -> Path:
+    """The run directory that `text` names. UserError with the nearest names where there is none."""
+    for path in (results / text, Path(text)):
+        if is_run(path):
+            return path.absolute()
+    runs = runs_in(results)
+    if found := _JOB_ID.fullmatch(text):
+        for path in runs:
+            if found[1] in jobs_of(path):
+                return path.absolute()
+        if (elsewhere := _run_of_job(found[1])) is not None:
+            return elsewhere
+    names = [path.name for path in runs]
+    near = difflib.get_close_matches(text, names, 5, 0.4)
+    near += [name for name in names if text.lower() in name.lower() and name not in near]
+    raise UserError(
+        f"{text}: no run of that name in {results}, no run directory, and no job of one; "
+        + (f"the nearest are {', '.join(near[:5])}" if near else "slurmkit ls lists the runs")
+    )
+
+
+def jobs_of(run: Path) -> set[str]:
+    """The ids of all jobs that the run ever had, follow-ups included, from its files alone."""
+    recorded = (read_json(run / "run.json") or {}).get("attempts", [])
+    found = {str(each["job_id"]) for each in recorded if "job_id" in each}
+    for folder in attempt_folders(run):
+        found.add(folder.name.partition(".")[0])
+        found |= {following} if (following := next_job(folder)) else set()
+    return {job_id for job_id in found if job_id.isdigit()}
+
+
+def attempt_folders(run: Path) -> list[Path]:
+    """JOBID.RESTART and local-N, in no order."""
+    try:
+        with os.scandir(run / "attempts") as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if re.fullmatch(r"\d+\.\d+|local-\d+", entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
+
+
+def next_job(attempt: Path) -> str | None:
+    """The follow-up that an attempt has queued."""
+    try:
+        text = (attempt / "next").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return text if text.isdigit() else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A record; None where it is missing, or not whole: whoever watches a run must not fall over what broke it."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _run_of_job(job_id: str) -> Path | None:
+    """The run directory of a job elsewhere, from its script in Slurm, where there is a Slurm."""
+    from slurmkit.run.verify import run_dir_in
+    from slurmkit.slurm.connect import connect
+
+    try:
+        path = run_dir_in(connect().script_of(job_id))
+    except (Failure, UserError):
+        return None
+    return path if path is not None and is_run(path) else None
