@@ -67,12 +67,17 @@ def find_run(text: str, results: Path) -> Path:
 
 def jobs_of(run: Path) -> set[str]:
     """The ids of all jobs that the run ever had, follow-ups included, from its files alone."""
-    recorded = (read_json(run / "run.json") or {}).get("attempts", [])
-    found = {str(each["job_id"]) for each in recorded if "job_id" in each}
+    found = {str(each["job_id"]) for each in recorded(run) if "job_id" in each}
     for folder in attempt_folders(run):
         found.add(folder.name.partition(".")[0])
         found |= {following} if (following := next_job(folder)) else set()
     return {job_id for job_id in found if job_id.isdigit()}
+
+
+def recorded(run: Path) -> list[dict[str, Any]]:
+    """What run.json has of each attempt that was submitted, or run here, by hand."""
+    attempts = (read_json(run / "run.json") or {}).get("attempts")
+    return [each for each in attempts if isinstance(each, dict)] if isinstance(attempts, list) else []
 
 
 def attempt_folders(run: Path) -> list[Path]:
