@@ -14,6 +14,12 @@ from slurmkit.errors import SlurmkitError
 _COMMANDS = {
     "run": "Train on this machine, without Slurm.",
     "submit": "Render one sbatch file, submit it, and say how to follow it.",
+    "status": "Tell how runs stand, and why.",
+    "top": "Watch all runs.",
+    "wait": "Wait until a run has ended for good, and exit with its code.",
+    "cancel": "Cancel runs, follow-ups included.",
+    "ls": "List all runs.",
+    "usage": "Tell what a run has used up, and how much of it for its steps.",
     "render": "Print or write the sbatch file that submit would submit.",
     "config": "Print the settled job, and where each value comes from.",
     "site": "Write and check the file that holds a site's defaults and rules.",
@@ -21,6 +27,7 @@ _COMMANDS = {
     "check": "Tell whether written sbatch files are still what rendering makes of their sources.",
     "verify": "Compare a job's script in Slurm with the files on disk and in git.",
     "templates": "See and check the templates that jobs are rendered from.",
+    "completion": "Print what makes a shell complete commands, runs and job ids.",
 }
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from slurmkit.errors import SlurmkitError
 from slurmkit.run.find import find_run, jobs_of, results_folder, runs_in
+
+if TYPE_CHECKING:
+    from slurmkit.report.table import Table
+    from slurmkit.run.state import Queue, RunState
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -55,3 +61,57 @@ def runs_argument(required: bool) -> Callable[[Function], Function]:
 def json_option(function: Function) -> Function:
     """--json, as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
+
+
+def queue_here() -> Queue:
+    """Slurm's queue where there is a Slurm; one that is never asked where there is none."""
+    from slurmkit.run.state import Queue
+
+    if shutil.which("sbatch") is None:
+        return Queue(None)
+    from slurmkit.slurm.connect import connect
+
+    return Queue(connect())
+
+
+def states_of(runs: Sequence[Path], queue: Queue) -> list[RunState]:
+    """The states of these runs; a warning where Slurm could not be asked."""
+    from slurmkit.run.state import read_states
+
+    states = read_states(runs, queue)
+    if queue.problem is not None:
+        click.echo(f"warning: Slurm could not be asked, so this is what the files tell: {queue.problem}", err=True)
+    return states
+
+
+def table_of(states: Sequence[RunState]) -> Table:
+    """One row per run."""
+    from slurmkit.report.table import Table
+
+    header = ("run", "state", "job", "nodes", "elapsed", "step", "reward", "accuracy", "left", "why")
+    return Table(header, [_row(state) for state in states])
+
+
+def _row(state: RunState) -> list[str]:
+    from slurmkit.run.state import duration
+
+    elapsed = "" if state.elapsed is None else duration(state.elapsed)
+    if elapsed and state.limit is not None and not state.is_final:
+        elapsed += f"/{duration(state.limit)}"
+    return [
+        state.name,
+        state.state,
+        state.job_id or "",
+        state.nodes,
+        elapsed,
+        "" if state.step is None else f"{state.step}/{state.last_step}",
+        "" if state.reward is None else f"{state.reward:.3f}",
+        "" if state.accuracy is None else f"{state.accuracy:.3f}",
+        "" if state.left is None else duration(state.left),
+        state.reason,
+    ]
+
+
+def echo_json(value: Any) -> None:
+    """One JSON document."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

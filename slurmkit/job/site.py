@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from slurmkit.config.section import Section
+from slurmkit.config.section import Field, Section
 from slurmkit.config.source import Key, Source, merge, parse_yaml, put, read_text
 from slurmkit.config.validate import known_keys, nearest, origin_of, shown, validate
 from slurmkit.errors import UserError
@@ -75,6 +75,17 @@ class Add(Section):
     """Shell lines on the first node, after the job's `epilogue`."""
 
 
+class Price(Section):
+    """What a job costs, for `slurmkit usage`."""
+
+    per_gpu_hour: Annotated[float, Field(ge=0)] = 0.0
+    """For each GPU that a job has."""
+    per_node_hour: Annotated[float, Field(ge=0)] = 0.0
+    """For each of its nodes."""
+    currency: Word
+    """Such as EUR."""
+
+
 class SiteFile(Rules):
     """The whole of a site's file."""
 
@@ -90,6 +101,8 @@ class SiteFile(Rules):
     """A folder of templates that extend or replace ours, relative to this file."""
     require_committed: bool = False
     """Only rendered files that are committed to git can be submitted."""
+    price: Price | None = None
+    """What jobs cost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,17 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from datetime import datetime
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurmkit.run.find import attempt_folders, next_job, read_json, recorded
 
+# Exit code of the driver: everything is saved, and going on loses nothing.
+INTERRUPTED = 85
+# Seconds without a heartbeat, one every 2 s, after which nobody is there: files may show a minute late over a network.
+SILENCE = 120.0
 # Steps whose mean tells the time left.
 _RECENT = 20
 
@@ -30,6 +36,7 @@ class Attempt(NamedTuple):
     goes_on: bool
     cancelled: bool
     max_attempts: int | None
+    is_follow_up: bool
     follow_up: str | None
     """The job that was queued to go on after it."""
     folder: Path
@@ -135,6 +142,7 @@ def _attempt(folder: Path, start: Mapping[str, Any]) -> Attempt:
         bool(end.get("goes_on")),
         bool(end.get("cancelled")),
         limit if isinstance(limit, int) else None,
+        bool(start.get("previous")),
         next_job(folder),
         folder,
     )
@@ -235,3 +243,21 @@ def changed(path: Path) -> float | None:
 def plain(text: str) -> str:
     """One line without what could move a terminal's cursor."""
     return "".join(each if each.isprintable() else " " for each in " ".join(text.split()))
+
+
+def count_nodes(nodes: str) -> int:
+    """How many `node[1-3,7],x` are."""
+    total = 0
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        groups = re.findall(r"\[([^\]]*)\]", part)
+        spans = [[item.split("-") for item in group.split(",")] for group in groups]
+        total += prod(sum(int(span[-1]) - int(span[0]) + 1 for span in group) for group in spans)
+    return total
+
+
+def clock(text: str | None) -> float | None:
+    """Slurm's text as seconds since the epoch."""
+    try:
+        return datetime.fromisoformat(text).timestamp() if text else None
+    except ValueError:
+        return None

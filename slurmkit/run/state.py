@@ -6,16 +6,19 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
-from math import prod
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurmkit.errors import Failure
 from slurmkit.run.attempts import (
+    INTERRUPTED,
+    SILENCE,
     Attempt,
     RunFiles,
     checkpoint,
+    clock,
+    count_nodes,
     heartbeats,
     last_written,
     number,
@@ -30,10 +33,6 @@ from slurmkit.slurm.words import how_it_ended, why_it_waits
 
 # The states that a run does not leave by itself.
 FINAL = frozenset({"done", "failed", "cancelled", "interrupted", "lost", "never started"})
-# Exit code of the driver: everything is saved, and going on loses nothing.
-INTERRUPTED = 85
-# Seconds without a heartbeat, one every 2 s, after which nobody is there: files may show a minute late over a network.
-_SILENCE = 120.0
 _WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 
 
@@ -142,7 +141,7 @@ def _judge(files: RunFiles, jobs: Mapping[str, JobState | None] | None, now: flo
     of = last if last is not None and last.job_id == job_id and not _is_again(last, job) else None
     started = of.started if of is not None else None
     if started is None and job is not None and job.state not in _WAITING:
-        started = _clock(job.start)
+        started = clock(job.start)
     ended = verdict.ended if verdict.state in FINAL else None
     active = verdict.state in ("starting", "running")
     until = now if active else ended
@@ -193,8 +192,8 @@ def _verdict_of_waiting(
     if job.state in _WAITING:
         return _Verdict(queued, _why(job, f"{what}: " if follows else ""))
     if not job.is_final:
-        return _Verdict("starting", f"0 of {_count_nodes(job.nodes) or 1} nodes ready")
-    ended = _clock(job.end)
+        return _Verdict("starting", f"0 of {count_nodes(job.nodes) or 1} nodes ready")
+    ended = clock(job.end)
     if job.state == "CANCELLED":
         return _Verdict("cancelled", f"{what} was cancelled before it began", None, ended)
     if job.state in ("COMPLETED", "FAILED"):
@@ -204,7 +203,7 @@ def _verdict_of_waiting(
 
 
 def _why(job: JobState, prefix: str) -> str:
-    expected = f", expected to start {_moment(job.start)}" if job.start is not None else ""
+    expected = f", expected to start at {_moment(job.start)}" if job.start is not None else ""
     return f"{prefix}{why_it_waits(job.reason)}{expected}"
 
 
@@ -217,14 +216,14 @@ def _verdict_of_attempt(
     if job is not None and job.state in _WAITING:
         return _Verdict("going on", _why(job, f"job {job.job_id} is queued again: "))
     if job is not None and _is_again(attempt, job):
-        return _Verdict("starting", f"0 of {_count_nodes(job.nodes) or 1} nodes ready")
+        return _Verdict("starting", f"0 of {count_nodes(job.nodes) or 1} nodes ready")
     # Until a job's own record is there, its command may have ended and the job not.
     if attempt.has_ended and (job is None or job.is_final or (attempt.folder / "end.json").exists()):
         return _verdict_of_end(attempt)
     if job is not None and job.is_final:
         return _verdict_of_job(job)
     silent = silence(attempt, now)
-    if job is None and silent > _SILENCE:
+    if job is None and silent > SILENCE:
         if heartbeats(attempt) or reports(attempt) or jobs is not None:
             return _without_end(attempt, files, f"no sign of life for {duration(silent)}, and no record of its end")
         return _Verdict("running", f"as far as its files tell, {duration(silent)} old: Slurm was not asked")
@@ -244,13 +243,13 @@ def _active(attempt: Attempt, files: RunFiles, job: JobState | None, silent: flo
         notes.append(f"attempt {len(files.attempts)}{f' of {attempt.max_attempts}' if attempt.max_attempts else ''}")
     if job is not None and job.state not in ("RUNNING", "CONFIGURING"):
         notes.append(job.state.lower())
-    if silent > _SILENCE and heartbeats(attempt):
+    if silent > SILENCE and heartbeats(attempt):
         notes.append(f"no sign of life for {duration(silent)}")
     if (attempt.folder / "driver.log").exists():
         return _Verdict("running", ", ".join(notes))
     meet = attempt.folder / "bringup"
     ready = len(list(meet.glob("ready.*"))) + (meet / "head").exists()
-    nodes = _count_nodes(attempt.nodes or (job.nodes if job is not None else "")) or int(files.header.get("nodes", 1))
+    nodes = count_nodes(attempt.nodes or (job.nodes if job is not None else "")) or int(files.header.get("nodes", 1))
     return _Verdict("starting", ", ".join([f"{ready} of {nodes} nodes ready", *notes]))
 
 
@@ -269,10 +268,8 @@ def _verdict_of_end(attempt: Attempt) -> _Verdict:
 def _verdict_of_job(job: JobState) -> _Verdict:
     """Of an attempt without a record of its end, whose job has ended in Slurm."""
     state = {"COMPLETED": "done", "CANCELLED": "cancelled", "FAILED": "failed"}.get(job.state, "lost")
-    words = (
-        "" if state == "done" else how_it_ended(job.state) + (f" with exit code {job.code}" if job.exit_code else "")
-    )
-    return _Verdict(state, words, job.code, _clock(job.end))
+    words = f"exit code {job.code}" if state == "failed" else how_it_ended(job.state) if state == "lost" else ""
+    return _Verdict(state, words, job.code, clock(job.end))
 
 
 def _verdict_of_local(attempt: Attempt, files: RunFiles, now: float) -> _Verdict:
@@ -280,7 +277,7 @@ def _verdict_of_local(attempt: Attempt, files: RunFiles, now: float) -> _Verdict
         return _verdict_of_end(attempt)
     start = read_json(attempt.folder / "start.json") or {}
     if start.get("nodes") not in (None, os.uname().nodename):
-        if silence(attempt, now) <= _SILENCE:
+        if silence(attempt, now) <= SILENCE:
             return _Verdict("running", f"on {attempt.nodes}")
     elif supervisor(start) is not None:
         return _active(attempt, files, None, 0.0)
@@ -332,16 +329,6 @@ def _limit(header: Mapping[str, str]) -> float | None:
         return None
 
 
-def _count_nodes(nodes: str) -> int:
-    """How many `node[1-3,7],x` are."""
-    total = 0
-    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
-        groups = re.findall(r"\[([^\]]*)\]", part)
-        spans = [[item.split("-") for item in group.split(",")] for group in groups]
-        total += prod(sum(int(span[-1]) - int(span[0]) + 1 for span in group) for group in spans)
-    return total
-
-
 def duration(seconds: float) -> str:
     """Such as 0:42, 1:02:03 or 2-03:04:05."""
     minutes, second = divmod(int(seconds), 60)
@@ -352,12 +339,6 @@ def duration(seconds: float) -> str:
     return f"{hour}:{minute:02d}:{second:02d}" if hour else f"{minute}:{second:02d}"
 
 
-def _clock(text: str | None) -> float | None:
-    try:
-        return datetime.fromisoformat(text).timestamp() if text else None
-    except ValueError:
-        return None
-
-
 def _moment(text: str) -> str:
-    return text.replace("T", " ")[:16]
+    """Such as `14:30`, with its date on another day."""
+    return text[:16].replace("T", " ").removeprefix(f"{date.today()} ")

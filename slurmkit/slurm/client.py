@@ -71,6 +71,25 @@ class JobState(NamedTuple):
         return self.exit_code or (0 if self.state == "COMPLETED" else 1)
 
 
+class JobUsage(NamedTuple):
+    """What a job used up from one start to its end, or until now. Times as in JobState."""
+
+    job_id: str
+    name: str
+    eligible: str | None
+    """Since when nothing but other jobs kept it from starting."""
+
+    start: str | None
+    seconds: int
+    nodes: int
+    gpus: int
+    cpu_seconds: int
+    """CPUs it had, times seconds."""
+
+    cpu_seconds_used: float | None
+    """What its processes took of them; None until it has ended, and where nobody measures it."""
+
+
 class Estimate(NamedTuple):
     """Where and when Slurm would start a script now. Example: Estimate("2026-11-22T16:12:33", "node[1-2]", "batch")."""
 
@@ -166,6 +185,10 @@ class SlurmClient(Protocol):
 
     def accounting(self, job_ids: Sequence[str]) -> tuple[JobState, ...]:
         """What slurmdbd recorded of these jobs, forgotten ones too; empty on a site without accounting."""
+        ...
+
+    def usage(self, job_ids: Sequence[str]) -> tuple[JobUsage, ...]:
+        """What accounting has of each start of these jobs, oldest first; empty on a site without accounting."""
         ...
 
     def cancel(self, job_id: str) -> None:

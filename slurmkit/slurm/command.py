@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm import parse
-from slurmkit.slurm.client import Estimate, JobState, Node, Partition
+from slurmkit.slurm.client import Estimate, JobState, JobUsage, Node, Partition
 
 # Seconds. Slurm's own MessageTimeout is 10 by default, and its commands try several times.
 DEADLINE = 120
@@ -94,16 +94,13 @@ class CommandClient:
 
     def accounting(self, job_ids: Sequence[str]) -> tuple[JobState, ...]:
         """See SlurmClient."""
-        if not job_ids:
-            return ()
-        wanted = ("--allocations", "--starttime", "1970-01-01", "--jobs", ",".join(map(_asked, job_ids)))
-        try:
-            table = _table("sacct", parse.BOOK_FIELDS, *wanted)
-        except Failure as error:
-            if "accounting storage is disabled" not in str(error):
-                raise
-            return ()
-        return in_order(map(parse.job_from, table))
+        return in_order(map(parse.job_from, self._book(parse.BOOK_FIELDS, job_ids, "--allocations")))
+
+    def usage(self, job_ids: Sequence[str]) -> tuple[JobUsage, ...]:
+        """See SlurmClient."""
+        # Without its steps sacct does not know what CPU time a job took.
+        found = map(parse.usage_from, self._book(parse.USAGE_FIELDS, job_ids, "--duplicates"))
+        return tuple(sorted((each for each in found if "." not in each.job_id), key=lambda each: each.start or "~"))
 
     def cancel(self, job_id: str) -> None:
         """See SlurmClient."""
@@ -155,6 +152,18 @@ class CommandClient:
         """See SlurmClient."""
         configuration = _decoded(_run("scontrol", "show", "config").stdout)
         return re.search(r"^AccountingStoreFlags .*job_env", configuration, re.MULTILINE) is not None
+
+    def _book(self, fields: Sequence[str], job_ids: Sequence[str], option: str) -> Iterator[list[str]]:
+        if not job_ids:
+            return iter(())
+        try:
+            return _table(
+                "sacct", fields, option, "--starttime", "1970-01-01", "--jobs", ",".join(map(_asked, job_ids))
+            )
+        except Failure as error:
+            if "accounting storage is disabled" not in str(error):
+                raise
+            return iter(())
 
     def _queue(self, *which: str) -> tuple[JobState, ...]:
         return in_order(map(parse.job_from, _table("squeue", parse.QUEUE_FIELDS, "--states=all", *which)))

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from slurmkit.errors import Failure
 from slurmkit.slurm import command, parse
-from slurmkit.slurm.client import Estimate, JobState, Node, Partition
+from slurmkit.slurm.client import Estimate, JobState, JobUsage, Node, Partition
 
 # Seconds for a child to import pyslurm, and for an answer. For a missing slurm.conf libslurm would look a minute long.
 START = 15
@@ -80,6 +80,10 @@ class NativeClient:
         except Failure:
             # pyslurm says the same of a site without accounting and of one whose slurmdbd is away.
             return self._commands.accounting(job_ids)
+
+    def usage(self, job_ids: Sequence[str]) -> tuple[JobUsage, ...]:
+        """See SlurmClient."""
+        return self._commands.usage(job_ids)
 
     def cancel(self, job_id: str) -> None:
         """See SlurmClient."""

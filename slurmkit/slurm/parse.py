@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from slurmkit.slurm.client import Gres, JobState, Node, Partition
+from slurmkit.slurm.client import Gres, JobState, JobUsage, Node, Partition
 
 # squeue's and sacct's words for the same facts, in the order of JobState.
 QUEUE_FIELDS = (
@@ -15,6 +15,9 @@ QUEUE_FIELDS = (
 BOOK_FIELDS = (
     *("JobID", "State", "Reason", "ExitCode", "NodeList", "JobName", "Comment", "Partition"),
     *("Submit", "Start", "End", "Timelimit"),
+)
+USAGE_FIELDS = (
+    *("JobID", "JobName", "Eligible", "Start", "ElapsedRaw", "NNodes", "AllocTRES", "CPUTimeRAW", "TotalCPU", "End"),
 )
 NODE_FIELDS = ("NodeList", "StateComplete", "CPUs", "Memory", "Gres", "Features", "PartitionName")
 
@@ -50,6 +53,30 @@ def job_from(row: list[str]) -> JobState:
         minutes(limit),
         int(restarts[0]) if restarts else None,
     )
+
+
+def usage_from(row: list[str]) -> JobUsage:
+    """A row of USAGE_FIELDS."""
+    job_id, name, eligible, start, seconds, nodes, tres, cpu_seconds, cpu_used, end = row
+    gpus = re.search(r"gres/gpu=(\d+)", tres)
+    return JobUsage(
+        job_id,
+        name,
+        _known(eligible),
+        _known(start),
+        int(seconds or 0),
+        int(nodes or 0),
+        int(gpus[1]) if gpus else 0,
+        int(cpu_seconds or 0),
+        (_seconds(cpu_used) or None) if _known(end) else None,
+    )
+
+
+def _seconds(time: str) -> float:
+    """sacct's d-hh:mm:ss, hh:mm:ss or mm:ss.fff as seconds."""
+    days, _, rest = time.rpartition("-")
+    parts = [float(part) for part in rest.split(":") if part]
+    return int(days or 0) * 86400.0 + sum(part * 60.0**power for power, part in enumerate(reversed(parts)))
 
 
 def _known(value: str) -> str | None:
