@@ -17,18 +17,19 @@ _EVERY = 2.0
 
 
 @click.command("top")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), required=False)
 @click.option("--once", is_flag=True, help="Look once, and leave.")
 @json_option
-def command(once: bool, as_json: bool) -> None:
-    """Watch all runs of ./results that are active or ended within a day, until q or Ctrl-C.
+def command(folder: Path | None, once: bool, as_json: bool) -> None:
+    """Watch all runs of ./results, or of FOLDER, that are active or ended within a day, until q or Ctrl-C.
 
     Looks every 2 s, with one question to Slurm. In a pipe the lines are printed each time.
     """
-    folder = results_folder(Path.cwd())
+    results = folder or results_folder(Path.cwd())
     queue = queue_here()
 
     def states_now() -> list[RunState]:
-        return recent(read_states(runs_in(folder), queue))
+        return recent(read_states(runs_in(results), queue))
 
     def look() -> tuple[Table, str]:
         states = states_now()

@@ -43,13 +43,13 @@ class Attempt(NamedTuple):
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is a record of its end."""
+        """Whether its exit code is known."""
         return self.code is not None
 
     @property
-    def is_last(self) -> bool:
-        """Whether its own record says that nothing follows."""
-        return self.has_ended and not self.goes_on and (self.folder / "end.json").exists()
+    def has_record(self) -> bool:
+        """Whether it wrote its end down itself; until then its command may have ended, and the job not."""
+        return self.has_ended and (self.folder / "end.json").exists()
 
 
 class RunFiles:
@@ -81,7 +81,7 @@ class RunFiles:
                 self.attempts += made
                 self.waiting = None if made else key
                 key = follow_ups.get(key)
-                if made and made[-1].is_last and key is not None and key not in self.order:
+                if made and made[-1].has_record and not made[-1].goes_on and key is not None and key not in self.order:
                     seen.add(key)  # a follow-up that finds nothing left to do
                     key = None
 
@@ -89,7 +89,7 @@ class RunFiles:
         """The jobs whose state in Slurm tells more than the files do."""
         jobs = [self.waiting] if self.waiting and self.waiting.isdigit() else []
         last = self.attempts[-1] if self.attempts else None
-        if last is not None and last.job_id is not None and (not last.has_ended or self._may_be_requeued(last)):
+        if last is not None and last.job_id is not None and (not last.has_record or self._may_be_requeued(last)):
             jobs.append(last.job_id)
         return jobs
 
@@ -174,39 +174,43 @@ def silence(attempt: Attempt, now: float) -> float:
 
 def progress(path: Path) -> dict[str, Any]:
     """The newest figures of metrics.jsonl, read from its end."""
-    rows: list[dict[str, Any]] = []
-    for size in (1 << 16, 1 << 20):
-        rows, whole = _last_rows(path, size)
-        if whole or any("val:accuracy" in row for row in rows):
+    rows: list[dict[str, Any]] = []  # newest first
+    accuracy = None
+    for size in (1 << 16, 1 << 18):
+        lines, whole = _last_lines(path, size)
+        rows = [row for line in lines[:_RECENT] if (row := _row(line))]
+        # Further back only a validation is of interest.
+        validations = (_row(line) for line in lines if b'"val:accuracy"' in line)
+        accuracy = next((row["val:accuracy"] for row in validations if row), None)
+        if whole or accuracy is not None:
             break
     latest: dict[str, Any] = {}
-    for row in rows:
+    for row in reversed(rows):
         latest |= row
     step, last_step = latest.get("step"), latest.get("last_step")
-    times = [row["time:step"] + row.get("time:validation", 0.0) for row in rows if "time:step" in row][-_RECENT:]
-    left = (last_step - step) * sum(times) / len(times) if times and step is not None and last_step else None
-    reward, accuracy = latest.get("train:reward_mean"), latest.get("val:accuracy")
+    times = [row["time:step"] + row.get("time:validation", 0.0) for row in rows if "time:step" in row]
+    left = max(0, last_step - step) * sum(times) / len(times) if times and step is not None and last_step else None
+    reward = latest.get("train:reward_mean")
     return {"step": step, "last_step": last_step, "reward": reward, "accuracy": accuracy, "left": left}
 
 
-def _last_rows(path: Path, size: int) -> tuple[list[dict[str, Any]], bool]:
-    """The whole lines among the last `size` bytes, and whether those are all."""
+def _last_lines(path: Path, size: int) -> tuple[list[bytes], bool]:
+    """The whole lines among the last `size` bytes, newest first, and whether those are all."""
     try:
         with path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - size))
-            lines = file.read().split(b"\n")[(length > size) : -1]
+            return file.read().split(b"\n")[(length > size) : -1][::-1], length <= size
     except OSError:
         return [], True
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows, length <= size
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def checkpoint(path: Path) -> str | None:

@@ -217,8 +217,7 @@ def _verdict_of_attempt(
         return _Verdict("going on", _why(job, f"job {job.job_id} is queued again: "))
     if job is not None and _is_again(attempt, job):
         return _Verdict("starting", f"0 of {count_nodes(job.nodes) or 1} nodes ready")
-    # Until a job's own record is there, its command may have ended and the job not.
-    if attempt.has_ended and (job is None or job.is_final or (attempt.folder / "end.json").exists()):
+    if attempt.has_record or (attempt.has_ended and (job is None or job.is_final)):
         return _verdict_of_end(attempt)
     if job is not None and job.is_final:
         return _verdict_of_job(job)
@@ -258,7 +257,7 @@ def _verdict_of_end(attempt: Attempt) -> _Verdict:
     if attempt.cancelled:
         return _Verdict("cancelled", attempt.reason, attempt.code, attempt.ended)
     if attempt.code == 0:
-        return _Verdict("done", attempt.reason if attempt.reason not in ("done", "trained") else "", 0, attempt.ended)
+        return _Verdict("done", "", 0, attempt.ended)
     words = attempt.reason or reports(attempt) or f"exit code {attempt.code}"
     if attempt.code == INTERRUPTED:
         return _Verdict("interrupted", f"{words}: submit it again to go on", attempt.code, attempt.ended)

@@ -13,7 +13,6 @@ from slurmkit.errors import Failure
 from slurmkit.job.values import gpus_in_gres, gpus_of
 from slurmkit.run.attempts import (
     INTERRUPTED,
-    SILENCE,
     Attempt,
     RunFiles,
     changed,
@@ -21,9 +20,9 @@ from slurmkit.run.attempts import (
     count_nodes,
     last_written,
     restart_of,
-    silence,
 )
 from slurmkit.run.find import jobs_of
+from slurmkit.run.state import Queue, read_states
 from slurmkit.slurm.client import JobUsage, SlurmClient
 
 # `step 3/250  reward 0.250  …  2.31 s`, as the trainer tells a finished step in the driver's log.
@@ -79,7 +78,8 @@ def usage_of(path: Path, client: SlurmClient | None) -> tuple[Usage, str | None]
                 booked.setdefault(row.job_id, []).append(row)
     except Failure as error:
         problem = str(error)
-    attempts = tuple(_attempts(files, booked))
+    (state,) = read_states([path], Queue(client))
+    attempts = tuple(_attempts(files, booked, state.state in ("starting", "running")))
     in_steps = _in_steps(path / "metrics.jsonl")
     elapsed = sum(each.elapsed for each in attempts)
     known = [each.lost for each in attempts if each.lost is not None]
@@ -96,17 +96,18 @@ def usage_of(path: Path, client: SlurmClient | None) -> tuple[Usage, str | None]
     ), problem
 
 
-def _attempts(files: RunFiles, booked: Mapping[str, list[JobUsage]]) -> Iterator[AttemptUsage]:
+def _attempts(files: RunFiles, booked: Mapping[str, list[JobUsage]], is_active: bool) -> Iterator[AttemptUsage]:
     steps = [_steps(attempt) for attempt in files.attempts]
     trains = (files.path / "metrics.jsonl").exists()
     for index, attempt in enumerate(files.attempts):
         restart, rows = restart_of(attempt.folder), booked.get(attempt.job_id or "", [])
-        used = _booked(attempt.name, rows[restart]) if restart < len(rows) else _unbooked(files, index)
+        goes_on = is_active and index == len(files.attempts) - 1
+        used = _booked(attempt.name, rows[restart]) if restart < len(rows) else _unbooked(files, index, goes_on)
         if used is not None:
             # Steps after the checkpoint that the next attempt went on from.
             later = set().union(*steps[index + 1 :])
             again = sum(seconds for step, seconds in steps[index].items() if step in later)
-            tail = _tail(attempt, bool(steps[index]), used.elapsed) if trains else None
+            tail = _tail(attempt, bool(steps[index]), used.elapsed) if trains and not goes_on else None
             yield used._replace(lost=None if tail is None else min(used.elapsed, tail + again))
     # Follow-ups that found nothing left to do.
     names = {attempt.name for attempt in files.attempts}
@@ -129,14 +130,13 @@ def _booked(name: str, row: JobUsage) -> AttemptUsage:
     )
 
 
-def _unbooked(files: RunFiles, index: int) -> AttemptUsage | None:
+def _unbooked(files: RunFiles, index: int, is_active: bool) -> AttemptUsage | None:
     """None of an attempt that never began."""
-    attempt, is_last = files.attempts[index], index == len(files.attempts) - 1
+    attempt = files.attempts[index]
     began = attempt.started
     if began is None:
         return None
-    ended = attempt.ended or (time.time() if is_last and silence(attempt, time.time()) < SILENCE else None)
-    ended = ended or last_written(attempt) or began
+    ended = time.time() if is_active else attempt.ended or last_written(attempt) or began
     # A follow-up waits for the end of the one before it.
     before = files.attempts[index - 1].ended if index and attempt.is_follow_up else None
     nodes = count_nodes(attempt.nodes) or int(files.header.get("nodes", 1))
@@ -165,9 +165,7 @@ def _gpus(header: Mapping[str, str], nodes: int) -> int:
 
 
 def _tail(attempt: Attempt, has_steps: bool, elapsed: float) -> float | None:
-    """Seconds after the last finished step. None of an attempt that still runs."""
-    if not attempt.has_ended and silence(attempt, time.time()) < SILENCE:
-        return None
+    """Seconds after the last finished step."""
     if attempt.code in (0, INTERRUPTED):
         return 0.0
     if attempt.started is None or not has_steps:
