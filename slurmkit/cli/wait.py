@@ -34,8 +34,8 @@ def command(run: Path, timeout: float | None, as_json: bool) -> None:
         if queue.problem != problem:
             problem = queue.problem
             click.echo(f"warning: {problem or 'Slurm answers again'}", err=True)
-        # Between two attempts files of one and Slurm's word on the other may be seen out of order.
-        finals = finals + 1 if state.is_final else 0
+        # Without a record, files of one attempt and Slurm's word on the next may be seen out of order: look twice.
+        finals = (finals + 1 if not state.is_certain else 2) if state.is_final else 0
         if not as_json and (state.state, state.reason) != said and finals != 1:
             said = (state.state, state.reason)
             click.echo(f"{state.name}: {state.state}" + (f": {state.reason}" if state.reason else ""))

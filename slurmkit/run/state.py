@@ -73,6 +73,11 @@ class RunState(NamedTuple):
         """Whether nothing more happens by itself."""
         return self.state in FINAL
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether the last attempt's own record says that it was the last."""
+        return bool(self.attempts) and self.attempts[-1].has_record and not self.attempts[-1].goes_on
+
     def as_json(self) -> dict[str, Any]:
         """Plain data under stable keys."""
         attempts = [each._asdict() | {"folder": str(each.folder)} for each in self.attempts]
