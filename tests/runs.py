@@ -11,42 +11,33 @@ from typing import Any
 
 from slurmkit.slurm.client import JobState, JobUsage
 
-NOW = float(int(time.time()))
-
-
-def write(path: Path, text: str, age: float = 0.0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    for each in (path, path.parent):
-        os.utime(each, (NOW - age, NOW - age))
-
 
 class Made:
-    """A run directory, grown attempt by attempt. Ages are seconds before NOW."""
+    """A run directory, grown attempt by attempt. Ages are seconds before `now`."""
 
     def __init__(self, path: Path, *options: str) -> None:
-        self.path = path
+        self.path, self.now = path, float(int(time.time()))
         lines = [f"#SBATCH --{option}" for option in (f"job-name={path.name}", "nodes=2", "time=1:00:00", *options)]
-        write(path / "job.sbatch", "\n".join(["#!/bin/bash", *lines, ""]))
+        self._write(path / "job.sbatch", "\n".join(["#!/bin/bash", *lines, ""]))
         self.record()
 
     def record(self, *job_ids: str, **local: str) -> Made:
         attempts = [{"job_id": job_id} for job_id in job_ids] + [{"local": name} for name in local.values()]
-        write(self.path / "run.json", json.dumps({"identity": {}, "attempts": attempts}))
+        self._write(self.path / "run.json", json.dumps({"identity": {}, "attempts": attempts}))
         return self
 
     def start(self, name: str, age: float, **facts: Any) -> Made:
         job_id, _, restart = name.partition(".")
-        start = {"nodes": "node[1-2]", "started": NOW - age, "previous": None, "max_attempts": None, **facts}
+        start = {"nodes": "node[1-2]", "started": self.now - age, "previous": None, "max_attempts": None, **facts}
         start |= {"job_id": job_id, "restart": int(restart)} if restart else {"local": name}
         return self.put(name, "start.json", json.dumps(start), age)
 
     def end(self, name: str, age: float, code: int, reason: str = "", **facts: Any) -> Made:
-        end = {"code": code, "reason": reason, "ended": NOW - age, "bad_nodes": [], "goes_on": False} | facts
+        end = {"code": code, "reason": reason, "ended": self.now - age, "bad_nodes": [], "goes_on": False} | facts
         return self.put(name, "end.json", json.dumps({"cancelled": False} | end), age)
 
     def put(self, name: str, file: str, text: str = "", age: float = 0.0) -> Made:
-        write(self.path / "attempts" / name / file, text, age)
+        self._write(self.path / "attempts" / name / file, text, age)
         return self
 
     def alive(self, name: str, age: float) -> Made:
@@ -56,8 +47,14 @@ class Made:
 
     def steps(self, *rows: dict[str, Any], last_step: int = 10) -> Made:
         lines = [json.dumps({"step": step, "last_step": last_step, **row}) for step, row in enumerate(rows, 1)]
-        write(self.path / "metrics.jsonl", "\n".join([*lines, '{"step": 99, "cut sho']))
+        self._write(self.path / "metrics.jsonl", "\n".join([*lines, '{"step": 99, "cut sho']))
         return self
+
+    def _write(self, path: Path, text: str, age: float = 0.0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        for each in (path, path.parent):
+            os.utime(each, (self.now - age, self.now - age))
 
 
 class Slurm:

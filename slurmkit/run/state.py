@@ -265,7 +265,8 @@ def _verdict_of_end(attempt: Attempt) -> _Verdict:
         return _Verdict("done", "", 0, attempt.ended)
     words = attempt.reason or reports(attempt) or f"exit code {attempt.code}"
     if attempt.code == INTERRUPTED:
-        return _Verdict("interrupted", f"{words}: submit it again to go on", attempt.code, attempt.ended)
+        words = words.removeprefix("interrupted: ")
+        return _Verdict("interrupted", f"{words}; submit it again to go on", attempt.code, attempt.ended)
     return _Verdict("failed", words, attempt.code, attempt.ended)
 
 

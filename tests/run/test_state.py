@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import NOW, Made, Slurm, job
+from runs import Made, Slurm, job
 
 from slurmkit.errors import Failure
 from slurmkit.run.state import FINAL, Queue, RunState, read_states
@@ -194,10 +194,10 @@ CASES = {
         143,
     ),
     "interrupted": Case(
-        lambda made: made.record("12").start("12.0", 900).end("12.0", 500, 85, "out of time"),
+        lambda made: made.record("12").start("12.0", 900).end("12.0", 500, 85, "interrupted: out of time"),
         None,
         "interrupted",
-        "out of time: submit it again to go on",
+        "out of time; submit it again to go on",
         85,
     ),
     "cancelled in the queue, and started nevertheless": Case(
@@ -303,7 +303,7 @@ def test_a_run_is_what_its_files_and_slurm_say(tmp_path: Path, name: str) -> Non
 
 
 def state_of(made: Made, slurm: Slurm | None) -> RunState:
-    (state,) = read_states([made.path], Queue(slurm), NOW)
+    (state,) = read_states([made.path], Queue(slurm), made.now)
     return state
 
 
@@ -371,7 +371,7 @@ def test_a_local_run_is_running_as_long_as_its_process(tmp_path: Path) -> None:
     made = Made(tmp_path / "run").record(one="local-1").put("local-1", "driver.log")
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # slurmkit"]) as process:
         facts = {"nodes": socket.gethostname(), "pid": process.pid}
-        made.start("local-1", NOW - time.time() - 1, **facts)
+        made.start("local-1", made.now - time.time() - 1, **facts)
         assert state_of(made, None).state == "running"
         process.kill()
         process.wait()
