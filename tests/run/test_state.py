@@ -166,7 +166,7 @@ CASES = {
         "job 12 is queued again: waiting for the time before which it must not start",
     ),
     "requeued and allocated": Case(
-        lambda made: made.record("12").start("12.0", 900),
+        lambda made: made.record("12").start("12.0", 900).alive("12.0", 1),
         Slurm(job("12", "RUNNING", restarts=1, nodes="node[1-2]")),
         "starting",
         "0 of 2 nodes ready",
@@ -367,12 +367,15 @@ def test_without_an_answer_from_slurm_the_files_tell_and_the_queue_says_why(tmp_
     assert queue.problem == "squeue gave no answer"
 
 
-def test_a_local_run_is_running_as_long_as_its_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("program", "state"), [("slurmkit", "running"), ("another", "lost")])
+def test_a_local_run_is_running_as_long_as_its_process(tmp_path: Path, program: str, state: str) -> None:
     made = Made(tmp_path / "run").record(one="local-1").put("local-1", "driver.log")
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # slurmkit"]) as process:
+    with subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60)  # {program}"]) as process:
         facts = {"nodes": socket.gethostname(), "pid": process.pid}
+        # Long before this process: it has only taken the number.
+        assert state_of(made.start("local-1", 1e6, **facts), None).state == "lost"
         made.start("local-1", made.now - time.time() - 1, **facts)
-        assert state_of(made, None).state == "running"
+        assert state_of(made, None).state == state
         process.kill()
         process.wait()
     assert state_of(made, None).state == "lost"
