@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from parts import REPOSITORY, SLURMKIT, need_slurm
+
+if TYPE_CHECKING:
+    from containers import Machines
 
 _DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
 
@@ -104,3 +108,11 @@ def shared_path() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="slurmkit test ", dir="/var/tmp"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[Machines]:
+    from containers import container_machines
+
+    with container_machines() as two:
+        yield two

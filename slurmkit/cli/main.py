@@ -21,6 +21,8 @@ _COMMANDS = {
     "ls": "List all runs.",
     "usage": "Tell what a run has used up, and how much of it for its steps.",
     "render": "Print or write the sbatch file that submit would submit.",
+    "logs": "Show what a run's command has written, and go on as it grows.",
+    "attach": "Open a shell inside a running job, in its container.",
     "config": "Print the settled job, and where each value comes from.",
     "site": "Write and check the file that holds a site's defaults and rules.",
     "doctor": "Check this machine, or nodes of a cluster, for what a job needs.",

@@ -43,6 +43,11 @@ def has_pyxis() -> bool:
     return b"--container-image" in _run("srun", "--help").stdout
 
 
+def hostnames(nodes: str) -> list[str]:
+    """The names in Slurm's text for several nodes, such as node[1-2]; no question to the controller."""
+    return _decoded(_run("scontrol", "show", "hostnames", nodes).stdout).split()
+
+
 class CommandClient:
     """SlurmClient over sbatch, squeue, sacct, sinfo, scontrol and scancel."""
 
