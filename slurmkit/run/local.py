@@ -28,7 +28,7 @@ def run_here(settled: Settled, secrets: Mapping[str, str], tell: Callable[[Path]
     """
     spec = settled.spec
     directory = RunDirectory(Path(spec.run_dir))
-    directory.refuse_other(settled.identity)
+    directory.refuse_other(settled)
     os.umask(int(spec.umask, 8))
     directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
     with _alone_in(directory.path):
