@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from slurmkit.errors import Failure, UserError
+from slurmkit.errors import Failure, SlurmkitError, UserError
 from slurmkit.slurm import parse
 from slurmkit.slurm.client import Estimate, JobState, NoAnswer, Node, Partition
 
@@ -26,6 +26,15 @@ _NO_ANSWER = (
     *("ommunication connection failure", "essage send failure", "essage receive failure", "Transport endpoint is not"),
 )
 _NO_SLURM = ("configuration source", "configuration file")
+
+
+def active_jobs() -> set[str] | None:
+    """Ids of the caller's jobs that have not ended; None where Slurm is not here, or does not say."""
+    try:
+        jobs = CommandClient().jobs(user=pwd.getpwuid(os.getuid()).pw_name)
+    except (SlurmkitError, KeyError):
+        return None
+    return {re.split(r"[_+]", job.job_id)[0] for job in jobs if not job.is_final}
 
 
 def submission_environment() -> dict[str, str]:

@@ -90,7 +90,7 @@ def test_resume_is_a_word_or_a_checkpoint_whose_path_is_made_absolute(here: Path
     folder.mkdir(parents=True)
     refused = render(here, "--config", "train.yaml", "--resume", str(folder.relative_to(here)))
     assert refused.returncode == 2
-    assert f'checkpointing.resume: "{folder}" (command line: resume) is no checkpoint' in refused.stderr
+    assert f"checkpointing.resume: '{folder}' (command line: resume) is no checkpoint" in refused.stderr
     (folder / "manifest.json").write_text("{}")
     done = render(here, "--config", "train.yaml", "--resume", str(folder.relative_to(here)))
     assert f'resume: "{folder}"' in done.stdout, done.stderr

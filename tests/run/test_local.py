@@ -18,8 +18,8 @@ def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([SLURMKIT, "run", *arguments], cwd=here, capture_output=True, text=True, timeout=60)
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
+def wait_for(path: Path, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
