@@ -29,7 +29,7 @@ def command(yes: bool, as_json: bool) -> None:
         yes = yes or bool(count and sys.stdin.isatty() and click.confirm("end and remove them?"))
     still = count
     if yes:
-        still = len(end({process.mark for process in left.processes})) + len(remove(left.paths))
+        still = end({process.mark for process in left.processes}) + remove(left.paths)
     if as_json:
         processes = [process._asdict() for process in left.processes]
         paths = [str(path) for path in left.paths]

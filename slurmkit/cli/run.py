@@ -41,13 +41,16 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
     with RunProgress(run_dir, console) as progress:
         code = run_here(settled, secrets, left, progress.update, lambda line: console.print(line, markup=False))
     log = run_dir / "attempts/latest/driver.log"
-    if code == INTERRUPTED:
-        click.echo(f"interrupted: everything is saved in {run_dir}, and the same command goes on from there", err=True)
-        sys.exit(code)
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-        console.print("\n".join(lines), markup=False)
-        click.echo(f"error: the run ended with exit code {code}; its whole log is {log}", err=True)
+        in_order = code == INTERRUPTED
+        console.print("\n".join(lines[-1:] if in_order else lines), markup=False)
+        end = (
+            "interrupted in order (85): the same command goes on"
+            if in_order
+            else f"error: the run ended with exit code {code}"
+        )
+        click.echo(f"{end}; its whole log is {log}", err=True)
         sys.exit(code)
     facts: dict[str, Path | str] = {
         "run directory": run_dir,

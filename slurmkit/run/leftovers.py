@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 _LOCAL, _JOB = re.compile(r"local-(\d+)\.(\d+)"), re.compile(r"(\d+)\.\d+")
 # Seconds that a process is given to leave, and in which a folder's Ray may not have been started yet.
-_GRACE, _FRESH = 5.0, 600.0
+_GRACE, _FRESH = 3.0, 600.0
 
 
 class Process(NamedTuple):
@@ -80,11 +80,15 @@ def find(active_jobs: Callable[[], Collection[str] | None]) -> Leftovers:
     living = [each for each in seen if each.environment.get("SK_MARK") not in dead]
     paths = [path for path in folders if _is_left(path, dead, gone, living)]
     paths += sorted(_shared_memory(gone) - _shared_memory(living))
-    return Leftovers(tuple(map(_told, gone)), tuple(paths), tuple(sorted(jobs)) if active is None else ())
+    # A process that gives itself a title may write it over a part of its environment.
+    told = [each.environment for each in gone if "SK_ATTEMPT_DIR" in each.environment]
+    runs = {each["SK_MARK"]: str(Path(each["SK_ATTEMPT_DIR"]).parent.parent) for each in told}
+    processes = tuple(_told(each, runs.get(each.environment["SK_MARK"], "")) for each in gone)
+    return Leftovers(processes, tuple(paths), tuple(sorted(jobs)) if active is None else ())
 
 
-def end(marks: Collection[str]) -> list[Process]:
-    """End every process that carries one of these marks. Returns those that cannot be ended."""
+def end(marks: Collection[str]) -> int:
+    """End every process that carries one of these marks. Returns how many cannot be ended."""
     left: list[_Seen] = []
     for number in (signal.SIGTERM, signal.SIGKILL):
         until = time.monotonic() + _GRACE
@@ -100,17 +104,17 @@ def end(marks: Collection[str]) -> list[Process]:
             if time.monotonic() > until:
                 break
             time.sleep(0.1)
-    return list(map(_told, left))
+    return len(left)
 
 
-def remove(paths: Collection[Path]) -> list[Path]:
-    """Remove files and folders. Returns those that cannot be removed."""
+def remove(paths: Collection[Path]) -> int:
+    """Remove files and folders. Returns how many cannot be removed."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return [path for path in paths if os.path.lexists(path)]
+    return sum(map(os.path.lexists, paths))
 
 
 def _mine() -> Iterator[_Seen]:
@@ -191,12 +195,9 @@ def _is_mine(path: Path) -> bool:
         return False  # gone meanwhile
 
 
-def _told(process: _Seen) -> Process:
+def _told(process: _Seen, run: str) -> Process:
     first, *rest = process.words
     program = next((word for word in rest if not word.startswith("-")), "")
-    attempt = process.environment.get("SK_ATTEMPT_DIR")
     age = float(Path("/proc/uptime").read_text().split()[0]) - process.began / os.sysconf("SC_CLK_TCK")
     what = f"{os.path.basename(first)} {os.path.basename(program)}".strip()
-    return Process(
-        process.pid, what, process.environment["SK_MARK"], str(Path(attempt).parent.parent) if attempt else "", age
-    )
+    return Process(process.pid, what, process.environment["SK_MARK"], run, age)

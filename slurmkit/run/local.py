@@ -75,7 +75,7 @@ def _reason(code: int, cancelled: bool) -> str:
     words = {
         0: "the command is done",
         75: "Ray or one of its processes failed",
-        INTERRUPTED: "interrupted; all is saved",
+        INTERRUPTED: "interrupted in order",
     }
     return words.get(code, f"the command failed with exit code {code}")
 

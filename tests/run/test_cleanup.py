@@ -205,4 +205,4 @@ def test_an_interrupt_asks_the_command_alone_and_a_second_one_ends_it(
     assert (end["code"], end["cancelled"], end["goes_on"], end["bad_nodes"]) == (code, cancelled, False, [])
     assert start["started"] <= end["ended"] <= time.time()
     if not again:
-        assert "everything is saved in" in errors
+        assert "interrupted in order (85): the same command goes on" in errors
