@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slurmkit.errors import UserError
@@ -115,7 +115,8 @@ def _supervise(
                 start_new_session=True,
             )
         while True:
-            tell(log)
+            with suppress(OSError):  # the terminal may be gone, and the command is to be asked to leave, not killed
+                tell(log)
             try:
                 code = child.wait(_POLL)
                 break
@@ -125,7 +126,8 @@ def _supervise(
                 again, answered = answered > 0, len(asked)
                 until = min(until, time.monotonic() + (_AT_ONCE if again else grace))
                 child.terminate()
-                say("interrupted again: the command is ended" if again else _farewell(asked[0], spec.config, grace))
+                with suppress(OSError):
+                    say("interrupted again: the command is ended" if again else _farewell(asked[0], spec.config, grace))
             if time.monotonic() > until:
                 child.kill()
         tell(log)
