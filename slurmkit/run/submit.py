@@ -110,10 +110,10 @@ def _submit_once(
                 raise
             unclear, spent = True, time.monotonic() - began
             try:
-                jobs = patience.ask(registered)
-                if not jobs and isinstance(error, NoAnswer):
+                if isinstance(error, NoAnswer):
+                    # A controller that stood still takes in what reached it meanwhile when it goes on.
                     patience.wait(error, spent)
-                    jobs = patience.ask(registered)  # once it answers it takes in what reached it while it stood still
+                jobs = patience.ask(registered)
             except Failure as away:
                 raise Failure(
                     f"{away}\nwhether sbatch's last try put the job into the queue is not known: before submitting "

@@ -109,6 +109,8 @@ def test_what_a_killed_run_left_is_ended_and_a_live_run_s_and_a_hand_started_ray
         assert len(important) == 3
         assert len(left) == len(kept) == 1
         assert all(map(os.path.exists, [*left, *kept, *shared]))
+        for folder in kept:
+            os.utime(folder, (0, 0))  # what is fresh is left alone anyway
         run_dir = str(tmp_path / "dead/results/x")
 
         def told() -> list[int]:

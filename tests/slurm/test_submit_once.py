@@ -57,7 +57,7 @@ def recorded(folder: Path, name: str) -> list[str]:
     return [attempt["job_id"] for attempt in record["attempts"]]
 
 
-@pytest.mark.parametrize("end", [LOST, "kill -9 $$", "echo nonsense"], ids=["error", "killed", "nonsense"])
+@pytest.mark.parametrize("end", [LOST, "kill -9 $$", "echo nonsense; exit"], ids=["error", "killed", "nonsense"])
 def test_a_job_whose_answer_was_lost_is_found_in_the_queue_and_not_submitted_again(
     own: Cluster, shared_path: Path, end: str
 ) -> None:
