@@ -24,7 +24,7 @@ _POLL = 0.5
 # How long it may take to leave when asked: the trainer finishes a step and saves, anything else has less to do.
 _GRACE_OF_TRAINER, _GRACE = 1800.0, 15.0
 # And when asked again.
-_AT_ONCE = 5.0
+_AT_ONCE = 2.0
 INTERRUPTED = 85
 
 
@@ -49,11 +49,11 @@ def run_here(
     os.umask(int(spec.umask, 8))
     directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
     with _alone_in(directory.path):
-        number = len(directory.attempts) + 1
-        attempt = directory.path / "attempts" / f"local-{number}"
+        attempt = directory.path / "attempts" / f"local-{len(directory.attempts) + 1}"
         attempt.mkdir()
         directory.add_attempt(settled.identity, {"local": attempt.name})
-        start = {"local": attempt.name, "attempt": number, "pid": os.getpid(), "nodes": socket.gethostname()}
+        # Somebody asked for each one anew: none is a follow-up of the one before it.
+        start = {"local": attempt.name, "attempt": 1, "pid": os.getpid(), "nodes": socket.gethostname()}
         _write(attempt / "start.json", {**start, "started": int(time.time()), "previous": None})
         _link_latest(attempt)
         asked: list[int] = []  # the signals that came
