@@ -11,6 +11,7 @@ from parts import SLURMKIT
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, Settled, settle
 from slurmkit.run.directory import RunDirectory
+from slurmkit.run.preflight import look
 
 CONFIG = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ngrpo: {max_num_steps: 5}\n"
 
@@ -77,6 +78,16 @@ def test_follow_ups_are_jobs_of_the_run(directory: RunDirectory) -> None:
         (directory.path / "attempts" / name / "next").write_text(f"{following}\n")
     (directory.path / "attempts/latest").symlink_to("7.0")
     assert directory.job_ids == {"1", "7", "9"}
+
+
+def test_starting_anew_over_checkpoints_is_refused_before_the_queue(here: Path, directory: RunDirectory) -> None:
+    anew = settled(here, "checkpointing.resume=never")
+    assert not [remark for remark in look(anew) if "resume" in remark.text]
+    (directory.path / "step_3").mkdir()
+    (directory.path / "step_3/manifest.json").write_text("{}")
+    [problem] = [remark.text for remark in look(anew) if remark.is_problem and "resume" in remark.text]
+    assert "holds step_3, which starting anew would overwrite" in problem
+    assert not [remark for remark in look(settled(here)) if "resume" in remark.text]
 
 
 def render(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
