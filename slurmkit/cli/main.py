@@ -27,6 +27,7 @@ _COMMANDS = {
     "site": "Write and check the file that holds a site's defaults and rules.",
     "doctor": "Check this machine, or nodes of a cluster, for what a job needs.",
     "check": "Tell whether written sbatch files are still what rendering makes of their sources.",
+    "cleanup": "End and remove what dead runs of yours left on this machine.",
     "verify": "Compare a job's script in Slurm with the files on disk and in git.",
     "templates": "See and check the templates that jobs are rendered from.",
     "completion": "Print what makes a shell complete commands, runs and job ids.",

@@ -31,6 +31,7 @@ _SLURM = [
 ]
 _COMMON = [
     click.option("--config", "-c", type=_PATH, help="Training configuration for slurmkit's own trainer."),
+    click.option("--resume", metavar="never|auto|PATH", help="Where training goes on: checkpointing.resume."),
     click.option("--name", "-n", help="Name of the run and of its directory."),
     click.option("--results-dir", type=_PATH, help="Where run directories are made.  [default: ./results]"),
     click.option("--env", "env", multiple=True, metavar="NAME=VALUE", help="Set an environment variable. Repeatable."),
@@ -72,7 +73,7 @@ def request_from(context: click.Context, words: tuple[str, ...], options: dict[s
     run_files = [word for word in words if "=" not in word and not word.startswith("~")]
     if len(run_files) > 1:
         raise UserError(f"one run file at most, not {' and '.join(run_files)}; a command goes after --")
-    elsewhere = ("config", "env", "keys", "profile")
+    elsewhere = ("config", "env", "keys", "profile", "resume")
     flags = {name: value for name, value in options.items() if value is not None and name not in elsewhere}
     if "results_dir" in flags:
         flags["results_dir"] = str(flags["results_dir"].absolute())
@@ -92,6 +93,7 @@ def request_from(context: click.Context, words: tuple[str, ...], options: dict[s
         command=context.meta["command"],
         flags=flags,
         profile=options["profile"],
+        resume=options["resume"],
     )
 
 

@@ -11,7 +11,9 @@ import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.job.settle import settle
-from slurmkit.run.local import run_here
+from slurmkit.run.leftovers import find
+from slurmkit.run.local import INTERRUPTED, run_here
+from slurmkit.slurm.command import active_jobs
 
 _TAIL = 30
 
@@ -30,15 +32,25 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
     settled = settle(request, Path.cwd())
     secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase
     run_dir = Path(settled.spec.run_dir)
+    left = find(active_jobs)
+    if left.processes or left.paths:
+        what = f"{len(left.processes)} processes, {len(left.paths)} files and folders"
+        click.echo(f"note: dead runs of yours left {what} on this machine: slurmkit cleanup", err=True)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"run directory  {run_dir}", markup=False)
     with RunProgress(run_dir, console) as progress:
-        code = run_here(settled, secrets, progress.update)
+        code = run_here(settled, secrets, left, progress.update, lambda line: console.print(line, markup=False))
     log = run_dir / "attempts/latest/driver.log"
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-        console.print("\n".join(lines), markup=False)
-        click.echo(f"error: the run ended with exit code {code}; its whole log is {log}", err=True)
+        in_order = code == INTERRUPTED
+        console.print("\n".join(lines[-1:] if in_order else lines), markup=False)
+        end = (
+            "interrupted in order (85): the same command goes on"
+            if in_order
+            else f"error: the run ended with exit code {code}"
+        )
+        click.echo(f"{end}; its whole log is {log}", err=True)
         sys.exit(code)
     facts: dict[str, Path | str] = {
         "run directory": run_dir,

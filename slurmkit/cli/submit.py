@@ -16,6 +16,7 @@ from slurmkit.job.settle import settle
 from slurmkit.job.spec import JobSpec
 from slurmkit.run import submit as queue
 from slurmkit.run.forecast import cost, start
+from slurmkit.run.patience import Patience
 from slurmkit.slurm.client import JobState
 from slurmkit.slurm.connect import connect
 
@@ -26,6 +27,14 @@ _NO_OUTPUT = 53
 @click.command("submit", cls=JobCommand)
 @click.option("--dry-run", is_flag=True, help="Do everything but submit; print the file and change nothing on disk.")
 @click.option("--wait", is_flag=True, help="Stay until the job has ended, and exit with its code.")
+@click.option(
+    "--retry-for",
+    type=click.FloatRange(min=0),
+    default=180.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for Slurm's controller while it is away.",
+)
 @click.option("--require-committed", is_flag=True, help="Refuse a rendered file that is not as git has it.")
 @job_options(slurm=True)
 @click.pass_context
@@ -34,6 +43,7 @@ def command(
     /,
     dry_run: bool,
     wait: bool,
+    retry_for: float,
     require_committed: bool,
     words: tuple[str, ...],
     **options: Any,
@@ -54,8 +64,9 @@ def command(
             )
         script = render(settled.spec, settled.templates)
     client = connect()
+    patience = Patience(retry_for, lambda line: click.echo(line, err=True))
     if dry_run:
-        ready = queue.check(settled, script, client)
+        ready = queue.check(settled, script, client, patience)
         click.echo(script, nl=False)
         _forecast(settled.spec, ready, err=True)
         click.echo(
@@ -63,13 +74,13 @@ def command(
             err=True,
         )
         return
-    if settled.spec.secrets and client.keeps_environments():
+    if bool(settled.spec.secrets) and patience.ask(client.keeps_environments):
         click.echo(
             "warning: this cluster's accounting keeps every job's environment (AccountingStoreFlags=job_env), with "
             f"{', '.join(settled.spec.secrets)}: ask your administrator who can read it, and use tokens that expire",
             err=True,
         )
-    job = queue.submit(settled, script, client, provenance)
+    job = queue.submit(settled, script, client, patience, provenance)
     click.echo(f"job            {job.job_id}")
     _forecast(settled.spec, job.ready)
     click.echo(f"rendered file  {job.script}")

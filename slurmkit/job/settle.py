@@ -41,6 +41,8 @@ class Request(NamedTuple):
     """Settle also where nothing says yet what runs."""
     local: bool = False
     """It runs here, without Slurm."""
+    resume: str | None = None
+    """In place of the training configuration's checkpointing.resume."""
 
 
 class Settled(NamedTuple):
@@ -107,13 +109,18 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
             )
     if overrides and config is None:
         raise UserError(f"{overrides[0]!r} overrides a training configuration: give one with --config FILE")
+    if request.resume is not None and config is None:
+        raise UserError(
+            f"--resume {request.resume} says where slurmkit's trainer goes on, and this job runs a command of its own: "
+            "say it in the command"
+        )
     _fill_in(source, request, config, directory, results_dir)
     train: TrainConfig | None = None
     config_origins: dict[str, str] = {}
     if config is not None:
         from slurmkit.job.training import settle_training
 
-        train, config_origins = settle_training(config, overrides, source, local=request.local)
+        train, config_origins = settle_training(config, overrides, source, request, directory)
     spec = validate(JobSpec, source)
     if site is not None:
         _refuse(site.refusals(spec, source))

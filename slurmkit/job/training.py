@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slurmkit.config.compact import compact_yaml
 from slurmkit.config.load import read_config
@@ -16,17 +17,25 @@ from slurmkit.job.layers import absolute
 from slurmkit.job.secrets import refuse_tokens
 from slurmkit.job.spec import JobSpec
 
+if TYPE_CHECKING:
+    from slurmkit.job.settle import Request
+
 GPUS_OF_JOB = "the job's GPUs per node"
+_NO_PATH = ("auto", "never")
 
 
 def settle_training(
-    config: Path, overrides: Sequence[str], source: Source, *, local: bool
+    config: Path, overrides: Sequence[str], source: Source, request: Request, directory: Path
 ) -> tuple[TrainConfig, dict[str, str]]:
     """The settled configuration and the origin of each key that has no default; `source` gets what the job runs.
 
-    `local`: without Slurm, so that the GPUs asked for in the files say nothing about this machine.
+    Paths in the request's flags are relative to `directory`. A request to run here, without Slurm, is told nothing of
+    this machine by the GPUs asked for in the files.
     """
     read = read_config(config, overrides)
+    if request.resume is not None:
+        place = request.resume if request.resume in _NO_PATH else absolute(request.resume, directory)
+        put(read, ("checkpointing", "resume"), place, "command line: resume")
     train = validate(TrainConfig, read)
     try:
         refuse_tokens(train.model_dump())
@@ -37,8 +46,8 @@ def settle_training(
         put(source, ("run_dir",), run_dir, origin_of(read, ("checkpointing", "checkpoint_dir")) or str(config))
     # The job without what follows from the configuration, so that what it says can be relied on.
     job = validate(JobSpec, Source({**source.data, "command": ["slurmkit"]}, source.origins))
-    gpus = None if local else job.gpus_on_node
-    problems = [*_misfits(train, read, job, gpus, source), *_missing_data(train, read, job)]
+    gpus = None if request.local else job.gpus_on_node
+    problems = [*_misfits(train, read, job, gpus, source), *_missing_files(train, read, job)]
     if problems:
         raise UserError("\n".join(problems))
     settled = Source(train.model_dump(), dict(read.origins))
@@ -51,6 +60,8 @@ def settle_training(
     for name in ("train", "validation"):
         path = settled.data["data"][name]["data_path"]
         settled.data["data"][name]["data_path"] = path and absolute(path, Path(job.workdir))
+    if (resume := train.checkpointing.resume) not in _NO_PATH:
+        settled.data["checkpointing"]["resume"] = absolute(resume, Path(job.workdir))
     train = validate(TrainConfig, settled)
     put(source, ("config",), compact_yaml(train.model_dump(mode="json")), f"{config}")
     command = [job.python, "-m", "slurmkit.grpo", f"--config={job.run_dir}/config.yaml"]
@@ -90,7 +101,7 @@ def _misfits(train: TrainConfig, read: Source, job: JobSpec, gpus: int | None, s
         )
 
 
-def _missing_data(train: TrainConfig, read: Source, job: JobSpec) -> Iterator[str]:
+def _missing_files(train: TrainConfig, read: Source, job: JobSpec) -> Iterator[str]:
     if job.container.runtime != "none":
         return  # a path is the container's, into which only a node can look
     for name, data in (("train", train.data.train), ("validation", train.data.validation)):
@@ -98,3 +109,9 @@ def _missing_data(train: TrainConfig, read: Source, job: JobSpec) -> Iterator[st
         if path and not os.path.isfile(path):
             origin = read.origins.get(("data", name, "data_path"))
             yield f"data.{name}.data_path: {path} ({origin}): no such file; a relative path begins at {job.workdir}"
+    resume = train.checkpointing.resume
+    if resume not in _NO_PATH and not os.path.isfile(Path(absolute(resume, Path(job.workdir)), "manifest.json")):
+        yield (
+            f"checkpointing.resume: {resume!r} ({origin_of(read, ('checkpointing', 'resume'))}) "
+            "is no checkpoint, which is a folder step_N that holds a manifest.json: give one, or never, or auto"
+        )

@@ -28,7 +28,7 @@ def read_committed(
     rendered = read_rendered(request.run_file)
     path = rendered.path
     asked = [*request.flags, *request.overrides]
-    asked += [name for name in ("config", "command", "profile") if getattr(request, name)]
+    asked += [name for name in ("config", "command", "profile", "resume") if getattr(request, name)]
     if asked:
         raise UserError(
             f"{path} is submitted as it is, so {asked[0]} cannot be given with it; change it where the job is "

@@ -14,10 +14,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from slurmkit.config.validate import shown
 from slurmkit.errors import Failure, UserError
+
+if TYPE_CHECKING:
+    from slurmkit.config.schema import TrainConfig
+    from slurmkit.job.settle import Settled
 
 
 def write_beside(path: Path, text: str) -> None:
@@ -57,6 +63,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._made: list[Path] = []
+        self._replaced: dict[Path, str] = {}
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -76,16 +83,42 @@ class RunDirectory:
         """One record per attempt so far."""
         return list((self.record or {}).get("attempts", []))
 
-    def refuse_other(self, identity: Mapping[str, str]) -> None:
-        """A name belongs to one run: going on is an attempt, anything else needs a name of its own."""
+    @property
+    def job_ids(self) -> set[str]:
+        """Every job of the run so far, also those that were queued by the job before them."""
+        found = {attempt["job_id"] for attempt in self.attempts if "job_id" in attempt}
+        for attempt in (self.path / "attempts").glob("[0-9]*"):
+            found.add(attempt.name.partition(".")[0])
+            with suppress(OSError):
+                found.add((attempt / "next").read_text(encoding="utf-8").strip())
+        return found
+
+    def refuse_other(self, settled: Settled) -> None:
+        """A name belongs to one run: going on is an attempt, anything else needs a name of its own.
+
+        A training run goes on where what is trained is the same (config/resume.py), a command where it is the same.
+        """
         record = self.record
-        if record is None:
+        if record is None or record["identity"] == settled.identity:
             return
-        if record["identity"] != identity:
-            raise UserError(
-                f"{self.path} holds a run with another {' or '.join(record['identity'])}. Give this one a name "
-                f"of its own (--name), or remove that directory"
-            )
+        needs = "Give this one a name of its own (--name), or remove that directory"
+        if settled.train is None or record["identity"].keys() != settled.identity.keys():
+            raise UserError(f"{self.path} holds a run with another {' or '.join(record['identity'])}. {needs}")
+        problems = [
+            f"{key}: {shown(new)} ({settled.config_origins.get(key, 'default')}), and the run has {shown(old)}"
+            for key, old, new in self._differences(settled.train)
+        ]
+        if problems:
+            lines = [f"{self.path} holds a run that is trained otherwise:", *problems]
+            raise UserError("\n".join([*lines, f"It goes on only without these changes. {needs}"]))
+
+    def _differences(self, train: TrainConfig) -> list[tuple[str, Any, Any]]:
+        from slurmkit.config.resume import differences  # and PyYAML, which most submissions do without
+        from slurmkit.config.source import read_yaml
+
+        # Without one the run never started: there is nothing to go on with.
+        path = self.path / "config.yaml"
+        return differences(read_yaml(path).data, train.model_dump(mode="json")) if path.exists() else []
 
     def prepare(self, files: Mapping[str, str]) -> None:
         """Make the folder and write its files, each beside and renamed."""
@@ -97,10 +130,15 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"the run directory {self.path} cannot be made: {error.strerror}") from None
         for name, text in files.items():
-            write_beside(self.path / name, text)
+            path = self.path / name
+            if path not in self._made:
+                self._replaced[path] = path.read_text(encoding="utf-8")
+            write_beside(path, text)
 
     def undo(self) -> None:
-        """Take back what `prepare` made: a refused submission leaves nothing."""
+        """Take back what `prepare` did: a refused submission leaves nothing."""
+        for path, text in self._replaced.items():
+            write_beside(path, text)
         for path in sorted(self._made, reverse=True):
             if path.is_dir():
                 path.rmdir()

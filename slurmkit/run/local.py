@@ -3,87 +3,147 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import os
 import signal
+import socket
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Settled
-from slurmkit.run.directory import RunDirectory
+from slurmkit.run.directory import RunDirectory, write_beside
+from slurmkit.run.leftovers import Leftovers, end, own_mark
 
-# Seconds between two calls of `tell`, and how long the driver may take to leave when asked to.
+# Seconds between two looks at the driver.
 _POLL = 0.5
-_GRACE = 15.0
+# How long it may take to leave when asked: the trainer finishes a step and saves, anything else has less to do.
+_GRACE_OF_TRAINER, _GRACE = 1800.0, 15.0
+# And when asked again.
+_AT_ONCE = 2.0
+INTERRUPTED = 85
 
 
-def run_here(settled: Settled, secrets: Mapping[str, str], tell: Callable[[Path], None]) -> int:
+def run_here(
+    settled: Settled,
+    secrets: Mapping[str, str],
+    left: Leftovers,
+    tell: Callable[[Path], None],
+    say: Callable[[str], None],
+) -> int:
     """Run the command as a child until it ends, `secrets` in its environment.
 
-    `tell` is called with the driver's log while it works. Returns the command's exit code. On an interrupt the child is
-    asked to leave, then made to.
+    `tell` is called with the driver's log while it works, `say` with what a signal sets going. Returns the command's
+    exit code, or 128 + the signal that was sent here where the command did not say that it saved. UserError where the
+    directory is another run's, or where another process, perhaps one of those in `left`, is at work in it.
     """
     spec = settled.spec
     directory = RunDirectory(Path(spec.run_dir))
-    directory.refuse_other(settled.identity)
+    directory.refuse_other(settled)
+    if any(process.run == spec.run_dir for process in left.processes):
+        raise UserError(f"{spec.run_dir}: processes that a dead run left are at work here; end them: slurmkit cleanup")
     os.umask(int(spec.umask, 8))
     directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
     with _alone_in(directory.path):
-        name = f"local-{len(directory.attempts) + 1}"
-        attempt = directory.path / "attempts" / name
+        attempt = directory.path / "attempts" / f"local-{len(directory.attempts) + 1}"
         attempt.mkdir()
-        directory.add_attempt(settled.identity, {"local": name})
+        directory.add_attempt(settled.identity, {"local": attempt.name})
+        # Somebody asked for each one anew: none is a follow-up of the one before it.
+        start = {"local": attempt.name, "attempt": 1, "pid": os.getpid(), "nodes": socket.gethostname()}
+        _write(attempt / "start.json", {**start, "started": int(time.time()), "previous": None})
         _link_latest(attempt)
-        return _supervise(settled, secrets, attempt / "driver.log", tell)
+        asked: list[int] = []  # the signals that came
+        code = 1
+        try:
+            code = _supervise(settled, secrets, attempt, asked, tell, say)
+            if asked and code not in (0, INTERRUPTED):
+                code = 128 + asked[0]
+        finally:
+            cancelled = bool(asked) and code not in (0, INTERRUPTED)
+            facts = {"code": code, "reason": _reason(code, cancelled), "ended": int(time.time())}
+            _write(attempt / "end.json", {**facts, "bad_nodes": [], "goes_on": False, "cancelled": cancelled})
+        return code
 
 
-def _supervise(settled: Settled, secrets: Mapping[str, str], log: Path, tell: Callable[[Path], None]) -> int:
-    spec = settled.spec
+def _reason(code: int, cancelled: bool) -> str:
+    if cancelled:
+        return f"cancelled with {signal.Signals(code - 128).name}"
+    words = {
+        0: "the command is done",
+        75: "Ray or one of its processes failed",
+        INTERRUPTED: "interrupted in order",
+    }
+    return words.get(code, f"the command failed with exit code {code}")
+
+
+def _supervise(
+    settled: Settled,
+    secrets: Mapping[str, str],
+    attempt: Path,
+    asked: list[int],
+    tell: Callable[[Path], None],
+    say: Callable[[str], None],
+) -> int:
+    spec, log, mark = settled.spec, attempt / "driver.log", own_mark()
     script = "\n".join(["set -euo pipefail", *spec.setup, 'exec -- "$@"'])
     environment = {
         **os.environ,
         "PATH": f"{os.path.dirname(spec.python)}:{os.environ.get('PATH', os.defpath)}",
         **spec.env,
         **secrets,
+        "SK_MARK": mark,
+        "SK_ATTEMPT_DIR": str(attempt),
     }
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            ["bash", "-c", script, "slurmkit-run", *spec.command],
-            cwd=spec.workdir,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    # As an interrupt does: the command must not outlive the one who watches it.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: asked.append(number))
+    # What the command is told when it is asked to leave is its own business: a signal to all of its group would take
+    # the trainer's actors away while it saves with them.
+    answered, until, grace = 0, math.inf, _GRACE if spec.config is None else _GRACE_OF_TRAINER
     try:
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                ["bash", "-c", script, "slurmkit-run", *spec.command],
+                cwd=spec.workdir,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         while True:
-            tell(log)
+            with suppress(OSError):  # the terminal may be gone, and the command is to be asked to leave, not killed
+                tell(log)
             try:
                 code = child.wait(_POLL)
                 break
             except subprocess.TimeoutExpired:
                 pass
-    except BaseException:
-        _end(child)
-        raise
-    tell(log)
-    return code if code >= 0 else 128 - code
+            if len(asked) > answered:
+                again, answered = answered > 0, len(asked)
+                until = min(until, time.monotonic() + (_AT_ONCE if again else grace))
+                child.terminate()
+                with suppress(OSError):
+                    say("interrupted again: the command is ended" if again else _farewell(asked[0], spec.config, grace))
+            if time.monotonic() > until:
+                child.kill()
+        tell(log)
+        return code if code >= 0 else 128 - code
+    finally:
+        end({mark})  # its Ray, and whatever else it started: nothing outlives the one who watches it
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Ask the command to leave; what is left of its process group after that, or after the grace, is killed."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(_GRACE)
+def _farewell(number: int, config: str | None, grace: float) -> str:
+    does = "to leave" if config is None else "to finish or drop its step, save and leave"
+    again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+    return f"interrupted: the command is asked {does}, and has {grace / 60:g} min for it{again}"
+
+
+def _write(path: Path, facts: Mapping[str, object]) -> None:
+    write_beside(path, json.dumps(facts) + "\n")
 
 
 def _link_latest(attempt: Path) -> None:

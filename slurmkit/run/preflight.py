@@ -35,7 +35,7 @@ class Remark(NamedTuple):
 def look(settled: Settled) -> list[Remark]:
     """Everything that can be told before Slurm is asked. Changes nothing on disk."""
     checks = (_workdir, _interpreter, _container, _shared, _run_directory, _program, _time)
-    of_training = () if settled.train is None else (_gpus, _model, _tasks, _wandb)
+    of_training = () if settled.train is None else (_gpus, _model, _resume, _tasks, _wandb)
     return [remark for check in (*checks, *of_training) for remark in check(settled)]
 
 
@@ -226,6 +226,16 @@ def _model(settled: Settled) -> Iterator[Remark]:
         _, problem = find_model(name, spec.workdir, _environment(spec))
         if problem is not None:
             yield Remark(f"{_configured(settled, 'policy.model_name', name)}: {problem}", not spec.dependency)
+
+
+def _resume(settled: Settled) -> Iterator[Remark]:
+    train, key = settled.train, "checkpointing.resume"
+    there = sorted(path.parent.name for path in Path(settled.spec.run_dir).glob("step_*/manifest.json"))
+    if train is not None and train.checkpointing.resume == "never" and there:
+        yield Remark(
+            f"{_configured(settled, key, 'never')}: {settled.spec.run_dir} holds {', '.join(there)}, which starting "
+            "anew would overwrite: give another --name, remove them, or go on with auto"
+        )
 
 
 def _tasks(settled: Settled) -> Iterator[Remark]:

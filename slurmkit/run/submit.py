@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from slurmkit.errors import Failure, UserError
 from slurmkit.job.render import digest_of_spec
 from slurmkit.job.settle import Settled
 from slurmkit.run.directory import RunDirectory
+from slurmkit.run.patience import Patience
 from slurmkit.run.preflight import look
-from slurmkit.slurm.client import Estimate, JobState, SlurmClient
+from slurmkit.slurm.client import Estimate, JobState, NoAnswer, SlurmClient
 
-# Seconds between two looks at a waiting job, and how long Slurm may have forgotten it before that is an error.
+# Seconds between two looks at a waiting job; how long Slurm may have forgotten it, and how long it may give no answer,
+# before that is an error.
 _POLL = 2.0
 _FORGOTTEN = 60.0
+_AWAY = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +51,29 @@ class Submitted:
         return self.run_dir / f"slurm-{self.job_id}.out"
 
 
-def submit(settled: Settled, script: str, client: SlurmClient, provenance: Mapping[str, Any] = {}) -> Submitted:
+def submit(
+    settled: Settled, script: str, client: SlurmClient, patience: Patience, provenance: Mapping[str, Any] = {}
+) -> Submitted:
     """Write the run directory, submit, compare, record. A refused submission leaves nothing behind.
 
     `provenance` is recorded with the attempt.
     """
     spec = settled.spec
-    ready = check(settled, script, client)
+    ready = check(settled, script, client, patience)
     directory = ready.directory
     os.umask(int(spec.umask, 8))  # sbatch hands it on, so that the job's own output is made with it, too
-    directory.prepare({"job.sbatch": script})
+    known = directory.job_ids
+    directory.prepare({"job.sbatch": script} | ({} if spec.config is None else {"config.yaml": spec.config}))
     path = directory.path / "job.sbatch"
     try:
-        job_id = client.submit(path, ready.secrets)
+        job_id = _submit_once(client, path, ready.secrets, known, patience)
     except BaseException:
         directory.undo()
         raise
     attempt = {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}", **provenance}
     directory.add_attempt(settled.identity, attempt)
     try:
-        stored = client.script_of(job_id)
+        stored = patience.ask(lambda: client.script_of(job_id))
     except Failure as error:
         raise Failure(
             f"job {job_id} was submitted, but its script cannot be read back to be compared: {error}"
@@ -76,17 +84,64 @@ def submit(settled: Settled, script: str, client: SlurmClient, provenance: Mappi
     return Submitted(job_id, path, directory.path, ready)
 
 
-def check(settled: Settled, script: str, client: SlurmClient) -> Ready:
+def _submit_once(
+    client: SlurmClient, script: Path, secrets: Mapping[str, str], known: Collection[str], patience: Patience
+) -> str:
+    """The id of the one job, be it registered by a try whose answer was lost. `known`: earlier jobs of the run."""
+
+    def registered() -> list[str]:
+        # A follow-up that an earlier job queued and cancelled may have left no trace in the run directory.
+        found = (job.job_id for job in client.jobs_of(script) if job.state != "CANCELLED")
+        return sorted({re.split(r"[_+]", job_id)[0] for job_id in found}.difference(known), key=int)
+
+    unclear = False
+    while True:
+        began = time.monotonic()
+        try:
+            job_id = client.submit(script, secrets)
+            break
+        except KeyboardInterrupt:
+            with suppress(Failure):
+                for late in registered():
+                    client.cancel(late)
+            raise
+        except Failure as error:
+            if not (unclear or isinstance(error, NoAnswer)):
+                raise
+            unclear, spent = True, time.monotonic() - began
+            try:
+                if isinstance(error, NoAnswer):
+                    # A controller that stood still takes in what reached it meanwhile when it goes on.
+                    patience.wait(error, spent)
+                jobs = patience.ask(registered)
+            except Failure as away:
+                raise Failure(
+                    f"{away}\nwhether sbatch's last try put the job into the queue is not known: before submitting "
+                    f"again, look whether squeue --me shows a job of {script}"
+                ) from None
+            if jobs:
+                job_id = jobs[0]
+                break
+            if not isinstance(error, NoAnswer):
+                raise
+    with suppress(Failure):
+        for late in registered() if unclear else ():
+            if late != job_id:  # another try, which the controller took in after all
+                client.cancel(late)
+    return job_id
+
+
+def check(settled: Settled, script: str, client: SlurmClient, patience: Patience) -> Ready:
     """What can be known before a submission, changing nothing. UserError lists all that speaks against it."""
     directory = RunDirectory(Path(settled.spec.run_dir))
     found = look(settled)
     problems = [remark.text for remark in found if remark.is_problem]
     try:
-        _refuse_in_use(directory, settled, client)
+        _refuse_in_use(directory, settled, client, patience)
     except UserError as error:
         problems.append(str(error))
     try:
-        estimate = client.test(script)
+        estimate = patience.ask(lambda: client.test(script))
     except UserError as error:
         problems.append(str(error))
     try:
@@ -100,12 +155,12 @@ def check(settled: Settled, script: str, client: SlurmClient) -> Ready:
     return Ready(directory, tuple(remark.text for remark in found), estimate, secrets)
 
 
-def _refuse_in_use(directory: RunDirectory, settled: Settled, client: SlurmClient) -> None:
-    """A name belongs to one run, and a run to one job at a time."""
-    directory.refuse_other(settled.identity)
-    for attempt in directory.attempts:
-        job = client.job(attempt["job_id"]) if "job_id" in attempt else None
-        if job is not None and not job.is_final:
+def _refuse_in_use(directory: RunDirectory, settled: Settled, client: SlurmClient, patience: Patience) -> None:
+    """A name belongs to one run, and a run to one job at a time, which may be a follow-up that no command submitted."""
+    directory.refuse_other(settled)
+    jobs = patience.ask(lambda: client.jobs_of(directory.path / "job.sbatch")) if directory.attempts else ()
+    for job in jobs:
+        if not job.is_final:
             raise UserError(
                 f"{directory.path} belongs to job {job.job_id}, which is {job.state}; two jobs would write over "
                 f"each other: wait for it, cancel it (scancel {job.job_id}), or give this run another --name"
@@ -115,9 +170,18 @@ def _refuse_in_use(directory: RunDirectory, settled: Settled, client: SlurmClien
 def wait(client: SlurmClient, job_id: str, tell: Callable[[JobState], None], meanwhile: Callable[[], None]) -> JobState:
     """Wait until the job has ended for good. `tell` hears of each change of state, `meanwhile` is called in between."""
     last: tuple[str, str] | None = None
-    seen = time.monotonic()
+    seen = answered = time.monotonic()
     while True:
-        job = client.job(job_id)
+        try:
+            job = client.job(job_id)
+            answered = time.monotonic()
+        except NoAnswer:
+            if time.monotonic() - answered > _AWAY:
+                raise
+            meanwhile()
+            time.sleep(_POLL)
+            seen = time.monotonic()
+            continue
         if job is not None:
             seen = time.monotonic()
             if (job.state, job.nodes) != last:

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from slurmkit.errors import Failure
+
 # https://slurm.schedmd.com/squeue.html#SECTION_JOB-STATE-CODES: the states that a job does not leave again.
 FINAL_STATES = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"}
     | {"OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 )
+
+
+class NoAnswer(Failure):
+    """The controller is away, or its answer was lost: what it was asked to do may be done, or not."""
 
 
 class JobState(NamedTuple):
@@ -154,7 +160,7 @@ class Partition(NamedTuple):
 
 
 class SlurmClient(Protocol):
-    """One implementation per way to reach Slurm. Each call raises Failure when Slurm does not answer or refuses.
+    """One for each way to reach Slurm. Each call raises Failure where Slurm refuses, NoAnswer where it does not answer.
 
     A job is named as in JobState.job_id. The number of requests to the controller does not depend on a job's nodes.
     """
@@ -167,7 +173,12 @@ class SlurmClient(Protocol):
         """Submit the file as it is, free of the caller's SBATCH_* and SLURM_*. Returns the job id.
 
         `environment` is added to that of sbatch, which the job inherits: secrets travel there and nowhere else.
+        NoAnswer where the job may be in the queue all the same.
         """
+        ...
+
+    def jobs_of(self, script: Path) -> tuple[JobState, ...]:
+        """The caller's jobs that the controller has, ended ones too, whose batch script was submitted as this file."""
         ...
 
     def job(self, job_id: str) -> JobState | None:

@@ -11,17 +11,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from slurmkit.errors import Failure, UserError
+from slurmkit.errors import Failure, SlurmkitError, UserError
 from slurmkit.slurm import parse
-from slurmkit.slurm.client import Estimate, JobState, JobUsage, Node, Partition
+from slurmkit.slurm.client import Estimate, JobState, JobUsage, NoAnswer, Node, Partition
 
 # Seconds. Slurm's own MessageTimeout is 10 by default, and its commands try several times.
 DEADLINE = 120
 # Where to find this Slurm, in contrast to what to run on it.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"})
 _CHANGING = ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_", "SQUEUE_", "SINFO_", "SCONTROL_", "PYXIS_")
-# How Slurm's commands say that the controller is away, in contrast to a refusal.
-_NO_ANSWER = ("Unable to contact", "Connection refused", "timed out", "configuration source", "configuration file")
+# How Slurm's commands say that the controller is away, in contrast to a refusal (src/common/slurm_errno.c).
+_NO_ANSWER = (
+    *("Unable to contact", "Connection refused", "Connection reset", "timed out", "standby mode", "Zero Bytes were"),
+    *("ommunication connection failure", "essage send failure", "essage receive failure", "Transport endpoint is not"),
+)
+_NO_SLURM = ("configuration source", "configuration file")
+
+
+def active_jobs() -> set[str] | None:
+    """Ids of the caller's jobs that have not ended; None where Slurm is not here, or does not say."""
+    try:
+        jobs = CommandClient().jobs(user=pwd.getpwuid(os.getuid()).pw_name)
+    except (SlurmkitError, KeyError):
+        return None
+    return {re.split(r"[_+]", job.job_id)[0] for job in jobs if not job.is_final}
 
 
 def submission_environment() -> dict[str, str]:
@@ -63,7 +76,7 @@ class CommandClient:
         try:
             done = _run("sbatch", "--test-only", input=_encoded(script))
         except Failure as error:
-            if any(sign in str(error) for sign in _NO_ANSWER):
+            if isinstance(error, NoAnswer) or any(sign in str(error) for sign in _NO_SLURM):
                 raise
             raise UserError(str(error).replace("sbatch failed", "Slurm would refuse this job: sbatch failed")) from None
         said = _decoded(done.stderr)
@@ -75,8 +88,19 @@ class CommandClient:
         answer = _decoded(_run("sbatch", "--parsable", str(script), environment=environment).stdout)
         job_id = answer.strip().splitlines()[-1].partition(";")[0] if answer.strip() else ""
         if not re.fullmatch(r"\d+", job_id):
-            raise Failure(f"sbatch answered {answer!r} in place of a job id")
+            raise NoAnswer(f"sbatch answered {answer!r} in place of a job id")
         return job_id
+
+    def jobs_of(self, script: Path) -> tuple[JobState, ...]:
+        """See SlurmClient."""
+        # The path may have been spelled otherwise; only of a like one is the file system asked.
+        fields, path = (*parse.QUEUE_FIELDS, "Command"), os.path.realpath(script)
+        table = _table("squeue", fields, "--states=all", "--user", str(os.getuid()))
+        return in_order(
+            parse.job_from(row)
+            for *row, command in table
+            if os.path.basename(command) == script.name and os.path.realpath(command) == path
+        )
 
     def job(self, job_id: str) -> JobState | None:
         """See SlurmClient."""
@@ -233,10 +257,13 @@ def _run(
     except FileNotFoundError:
         raise Failure(f"{command[0]} is not on PATH") from None
     except subprocess.TimeoutExpired:
-        raise Failure(f"{command[0]} gave no answer within {DEADLINE} s") from None
+        raise NoAnswer(f"{command[0]} gave no answer within {DEADLINE} s") from None
+    if done.returncode < 0:
+        raise NoAnswer(f"{command[0]} was ended by signal {-done.returncode}")
     if done.returncode != 0:
         said = _decoded(done.stderr.strip() or done.stdout.strip()).replace(f"{command[0]}: error: ", "")
-        raise Failure(f"{command[0]} failed with exit code {done.returncode}: {said}")
+        kind = NoAnswer if any(sign in said for sign in _NO_ANSWER) else Failure
+        raise kind(f"{command[0]} failed with exit code {done.returncode}: {said}")
     return done
 
 

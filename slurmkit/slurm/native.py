@@ -47,6 +47,10 @@ class NativeClient:
         """See SlurmClient."""
         return self._commands.submit(script, environment)
 
+    def jobs_of(self, script: Path) -> tuple[JobState, ...]:
+        """See SlurmClient."""
+        return self._commands.jobs_of(script)
+
     def script_of(self, job_id: str) -> bytes:
         """See SlurmClient."""
         return self._commands.script_of(job_id)

@@ -18,8 +18,8 @@ def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([SLURMKIT, "run", *arguments], cwd=here, capture_output=True, text=True, timeout=60)
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
+def wait_for(path: Path, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
@@ -46,6 +46,8 @@ def test_running_the_same_again_is_another_attempt_of_the_same_run(here: Path) -
     record = json.loads((here / "results/true/run.json").read_text())
     assert [attempt["local"] for attempt in record["attempts"]] == ["local-1", "local-2"]
     assert os.readlink(here / "results/true/attempts/latest") == "local-2"
+    start = json.loads((here / "results/true/attempts/local-2/start.json").read_text())
+    assert (start["local"], start["attempt"], start["previous"]) == ("local-2", 1, None), "nobody's follow-up"
 
 
 def test_another_command_under_a_used_name_is_refused(here: Path) -> None:

@@ -315,7 +315,7 @@ def test_a_controller_that_does_not_answer_is_a_failure_and_leaves_nothing(
     kept = [line for line in lines if not line.startswith(("SlurmctldPort=", "MessageTimeout="))]
     configuration = tmp_path / "slurm.conf"
     configuration.write_text("\n".join([*kept, "SlurmctldPort=9", "MessageTimeout=2", ""]))
-    done = cluster.slurmkit(shared_path, "submit", "--", "true", SLURM_CONF=str(configuration))
+    done = cluster.slurmkit(shared_path, "submit", "--retry-for", "1", "--", "true", SLURM_CONF=str(configuration))
     assert done.returncode == 1
     assert "Unable to contact slurm controller" in done.stderr
     assert list(shared_path.iterdir()) == []
