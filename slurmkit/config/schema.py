@@ -74,6 +74,8 @@ class Checkpointing(Section):
     """Best checkpoints to keep beside the latest; null keeps all."""
     save_period: Count = 10
     """Save after every so many steps, and after the last."""
+    resume: str = "auto"
+    """Where to go on: auto is the run's newest good checkpoint, never starts anew, else a checkpoint's folder."""
 
 
 class OptimizerKwargs(Section):
