@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.errors import Failure
+from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.torch_engine import TorchEngine
+from slurmkit.grpo.interrupt import SIGNALS
 from slurmkit.grpo.policy import Policy, PolicyWorker
+
+_WATCH_SECONDS = 2.0
+_WATCH_FAILURES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ class Bundle:
 def ray_connection() -> Iterator[None]:
     """Join the Ray that RAY_ADDRESS names, or run a private one on this machine for as long as the context lasts."""
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", logging_level=logging.ERROR)
+        with _keeping_signals():
+            ray.init(address="auto", logging_level=logging.ERROR)
         try:
             yield
         finally:
@@ -47,11 +54,64 @@ def ray_connection() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="slurmkit-", dir="/tmp")
     try:
         # "local" never joins a Ray that somebody else runs on this machine.
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=f"{folder}/ray")
+        with _keeping_signals():
+            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=f"{folder}/ray")
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _keeping_signals() -> Iterator[None]:
+    """Around ray.init: the driver's signals stay the driver's, and what it starts does not get them.
+
+    Ray takes SIGTERM's handler, and its processes would stay in our process group: a signal to the whole group, as a
+    terminal sends, would take the actors away that a checkpoint is still to be had from.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    _set_apart.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _set_apart.mask)
+        _set_apart.mask = None
+
+
+class _SetApart:
+    """Runs in each child between fork and exec, and does something while Ray is started."""
+
+    mask: set[Any] | None = None
+
+    def __call__(self) -> None:
+        if self.mask is not None:
+            os.setpgid(0, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+_set_apart = _SetApart()
+os.register_at_fork(after_in_child=_set_apart)
+
+
+async def watch_ray() -> NoReturn:
+    """Consumes nothing; waits for Ray's control service to be gone, which Ray itself would end this process for after a
+    minute; raises NodeFailure then. Unblocked by: a connection that is refused, or not made in time, three times.
+    """
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    failures = 0
+    while failures < _WATCH_FAILURES:
+        await asyncio.sleep(_WATCH_SECONDS)
+        try:
+            async with asyncio.timeout(_WATCH_SECONDS):
+                _, writer = await asyncio.open_connection(host, int(port))
+            writer.close()
+            failures = 0
+        except OSError:
+            failures += 1
+    raise NodeFailure(f"Ray's control service at {address} is gone: its process, or the node that it ran on, died")
 
 
 def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> tuple[Policy, list[Actor]]:
