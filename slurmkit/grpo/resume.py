@@ -14,8 +14,6 @@ from slurmkit.errors import UserError
 from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState, problem_of, state_of, step_of
 from slurmkit.grpo.metrics import say
 
-# Set, and not empty, in an attempt that follows another one of the same run: then the run's own checkpoints come first.
-FOLLOWS = "SLURMKIT_FOLLOWS"
 _SHAPE = (
     "model_type",
     "hidden_size",
@@ -34,7 +32,7 @@ def starting_point(checkpoints: Checkpoints, config: TrainConfig) -> tuple[Path,
     where the configuration trains something else.
     """
     resume, present = config.checkpointing.resume, checkpoints.all()
-    if resume == "auto" or (os.environ.get(FOLLOWS) and present):
+    if resume == "auto" or (present and _follows()):
         found = checkpoints.newest_good(say)
     elif resume == "never":
         _refuse_to_overwrite(present, "starting anew")
@@ -44,6 +42,18 @@ def starting_point(checkpoints: Checkpoints, config: TrainConfig) -> tuple[Path,
     if found is not None and (problems := list(_misfits(found[0], config))):
         raise UserError("\n".join([*problems, "Put it back, or give the run a name and directory of its own"]))
     return found
+
+
+def _follows() -> bool:
+    """Whether this attempt follows another one that was started the same way: then the run's own checkpoints come first.
+
+    The bring-up says so in the attempt's folder, which it names in SK_ATTEMPT_DIR.
+    """
+    try:
+        start = json.loads(Path(os.environ["SK_ATTEMPT_DIR"], "start.json").read_text(encoding="utf-8"))
+        return int(start["attempt"]) > 1
+    except (KeyError, OSError, ValueError):
+        return False
 
 
 def _told(folder: Path, present: list[Path]) -> tuple[Path, TrainerState]:

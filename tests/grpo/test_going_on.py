@@ -23,7 +23,7 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import UserError
 from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState
 from slurmkit.grpo.metrics import RunLog
-from slurmkit.grpo.resume import FOLLOWS, starting_point
+from slurmkit.grpo.resume import starting_point
 
 TINY = Path(__file__).with_name("tiny.yaml")
 WANDB = ("logger.wandb_enabled=true", "logger.wandb.mode=offline")
@@ -200,10 +200,12 @@ def test_checkpoints_that_stand_are_never_overwritten(
     for step in (2, 4):
         checkpoint(run, step, tiny_config(run))
     value = resume if resume == "never" else tmp_path / resume
+    monkeypatch.delenv("SK_ATTEMPT_DIR", raising=False)
     with pytest.raises(UserError, match=r"run holds .*step_4, which (starting anew|going on from .*) would overwrite"):
         found(run, value)
     # The next attempt of a run that began so goes on with what the attempts before it have made.
-    monkeypatch.setenv(FOLLOWS, "1")
+    monkeypatch.setenv("SK_ATTEMPT_DIR", str(tmp_path))
+    (tmp_path / "start.json").write_text('{"job_id": "7", "attempt": 2, "previous": "6"}')
     assert found(run, value) == "run/step_4"
     expected = None if resume == "never" else resume
     assert found(tmp_path / "killed at once", value) == expected
