@@ -76,8 +76,8 @@ def _keeping_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, _set_apart.mask)
-        _set_apart.mask = None
+        mask, _set_apart.mask = _set_apart.mask, None
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask or ())
 
 
 class _SetApart:
@@ -96,8 +96,10 @@ os.register_at_fork(after_in_child=_set_apart)
 
 
 async def watch_ray() -> NoReturn:
-    """Consumes nothing; waits for Ray's control service to be gone, which Ray itself would end this process for after a
-    minute; raises NodeFailure then. Unblocked by: a connection that is refused, or not made in time, three times.
+    """Notice that Ray's control service is gone; after a minute of that, Ray would end this process without a message.
+
+    Consumes nothing. Waits until a connection is refused, or not made in time, several times in a row. Produces a
+    NodeFailure, and ends with it or by being cancelled.
     """
     address = ray.get_runtime_context().gcs_address
     host, _, port = address.rpartition(":")
@@ -115,7 +117,7 @@ async def watch_ray() -> NoReturn:
 
 
 def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> tuple[Policy, list[Actor]]:
-    """Policy ranks and engines on all nodes, both ordered by (node, device). Failure where Ray has no room."""
+    """Policy ranks and engines on all nodes, both ordered by (node, device). Failure where Ray has no room for them."""
     group, bundles = _reserve(config)
     per_node = config.ranks_per_node
     threads = max(1, len(os.sched_getaffinity(0)) // per_node)
@@ -157,7 +159,9 @@ def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:
     if not group.wait(config.cluster.placement_timeout_seconds):
         alive = [node["Resources"] for node in _nodes() if node["Alive"]]
         has = "; ".join(f"{found.get('CPU', 0):g} CPU, {found.get('GPU', 0):g} GPU" for found in alive)
-        raise Failure(
+        # A Ray that was brought up with as many nodes as are asked for has lost some.
+        kind = NodeFailure if os.environ.get("RAY_ADDRESS") and len(alive) < nodes else Failure
+        raise kind(
             f"no room for the run after {config.cluster.placement_timeout_seconds:g} s: it asks for {nodes} node(s) "
             f"with 1 CPU and {gpus} GPU each (cluster.num_nodes, cluster.gpus_per_node); Ray has {len(alive)} "
             f"node(s): {has}"

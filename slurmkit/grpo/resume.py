@@ -45,7 +45,7 @@ def starting_point(checkpoints: Checkpoints, config: TrainConfig) -> tuple[Path,
 
 
 def _follows() -> bool:
-    """Whether this attempt follows another one that was started the same way: then the run's own checkpoints come first.
+    """Whether this attempt follows another of the same submission: then the run's own checkpoints come first.
 
     The bring-up says so in the attempt's folder, which it names in SK_ATTEMPT_DIR.
     """
