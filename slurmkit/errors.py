@@ -16,4 +16,10 @@ class UserError(SlurmkitError):
 
 
 class Failure(SlurmkitError):
-    """Something outside gave way: sbatch refused, a process died, a deadline passed. Exit code 1."""
+    """Something outside gave way: sbatch refused, a disk is full, a deadline passed. Exit code 1."""
+
+
+class NodeFailure(Failure):
+    """A node, Ray or one of its processes is gone: the same may work elsewhere. Exit code 75."""
+
+    exit_code = 75

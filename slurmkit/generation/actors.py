@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 
 import ray
 
-from slurmkit.errors import Failure
+from slurmkit.errors import Failure, NodeFailure
 
 Value = TypeVar("Value")
+
+# Seconds that others have to fail after one that raised. A rank whose peer died raises sooner than Ray finds the death.
+_GRACE = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,34 +26,51 @@ class Actor:
     timeout_seconds: float
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The method's value. Failure names the actor where it died, raised, or took longer than its timeout."""
+        """The method's value.
+
+        Failure names the actor where the method raised; NodeFailure where Ray or the actor's process is gone, or the
+        call took longer than its timeout.
+        """
         reference = getattr(self.handle, method).remote(*arguments)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), self.timeout_seconds)
         except TimeoutError:
-            raise Failure(
+            raise NodeFailure(
                 f"{self.name} did not finish {method}() within {self.timeout_seconds:g} s "
                 "(cluster.call_timeout_seconds)"
             ) from None
-        except ray.exceptions.RayActorError as error:
-            lines = str(error).strip().splitlines()
-            # Where a constructor raised, Ray appends its traceback; the exception is the last line.
-            reason = lines[-1] if "creation task" in lines[0] else lines[0]
-            raise Failure(f"{self.name} died before or during {method}(): {reason}") from error
         except ray.exceptions.RayTaskError as error:
-            raise Failure(f"{self.name} failed in {method}(): {_root(error)}") from error
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            kind = NodeFailure if isinstance(cause, ray.exceptions.RayError) and cause is not error else Failure
+            raise kind(f"{self.name} failed in {method}(): {type(cause).__name__}: {str(cause).strip()}") from error
+        except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+                # Ray appends the constructor's traceback; the exception is the last line.
+                raise Failure(f"{self.name} could not be made: {str(error).splitlines()[-1]}") from error
+            raise NodeFailure(f"{self.name} died before or during {method}(): {_reason(error)}") from error
 
 
-def _root(error: ray.exceptions.RayTaskError) -> str:
-    cause = error.cause if isinstance(error.cause, BaseException) else error
-    return f"{type(cause).__name__}: {str(cause).strip()}"
+def _reason(error: ray.exceptions.RayError) -> str:
+    """What Ray says of a death, without its identifiers and advice; of one for memory, what was used and the limit."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("\t")]
+    if len(lines) > 1 and lines[0] == ray.exceptions.ActorDiedError.BASE_ERROR_MSG:
+        lines = lines[1:]
+    return "; ".join(lines[:2]).partition(" If the process was killed by")[0]
 
 
 async def together(*awaitables: Awaitable[Value]) -> list[Value]:
-    """All values; the first failure ends the wait at once. Ranks that wait for a dead one would wait for ever."""
+    """All values, or a failure: a NodeFailure if there is any. Ranks that wait for a dead one would wait for ever."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return await asyncio.gather(*tasks)
+    except NodeFailure:
+        raise
+    except Failure:
+        done, _ = await asyncio.wait(tasks, timeout=_GRACE)
+        for task in done:
+            if not task.cancelled() and isinstance(task.exception(), NodeFailure):
+                task.result()
+        raise
     finally:
         for task in tasks:
             task.cancel()

@@ -3,6 +3,7 @@
     step_12/
         manifest.json       SHA-256 of every other file
         trainer.json        TrainerState
+        config.json         the settled configuration
         optimizer.pt        the optimiser's whole state, for any number of ranks
         model/              Hugging Face format, with tokenizer: from_pretrained opens it
 
@@ -20,6 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from slurmkit.config.schema import Checkpointing
+from slurmkit.errors import Failure, NodeFailure
+
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,56 +48,95 @@ class Checkpoints:
     async def save(self, state: TrainerState, write: Callable[[Path], Awaitable[None]]) -> Path:
         """Write step_N beside its place, rename it, then let go of what need not be kept.
 
-        `write` puts the model, its tokenizer and the optimiser into the folder it is given.
+        `write` puts the model, its tokenizer, the optimiser and the configuration into the folder it is given. Failure
+        says why it could not be written, and what room there is; then nothing has changed.
         """
         folder = self._run_directory / f"step_{state.step}"
         unfinished = self._run_directory / f".step_{state.step}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        await write(unfinished)
-        (unfinished / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
-        (unfinished / "manifest.json").write_text(json.dumps(_digests(unfinished), indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # one that was found damaged when the run was taken up again
-        os.replace(unfinished, folder)
+        for left in self._run_directory.glob(".step_*"):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            unfinished.mkdir()
+            await write(unfinished)
+            (unfinished / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
+            (unfinished / "manifest.json").write_text(json.dumps(_digests(unfinished), indent=1))
+            flush(unfinished)
+            if folder.exists():  # found damaged when the run was taken up again
+                self._remove(folder)
+            os.replace(unfinished, folder)
+            _flush_file(self._run_directory)
+        except NodeFailure:
+            raise
+        except (OSError, Failure) as error:
+            room = shutil.disk_usage(self._run_directory).free / 2**20
+            shutil.rmtree(unfinished, ignore_errors=True)
+            kept = "".join(f"; {path.name} stays as it is" for path in self.all()[-1:])
+            raise Failure(f"{folder} cannot be saved, with {room:,.1f} MiB left on its disk: {error}{kept}") from error
         self._prune()
         return folder
 
     def newest_good(self, say: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
         """The newest checkpoint whose files are what was written. `say` hears of each one that is passed over."""
-        for folder in reversed(self._all()):
-            problem = _problem(folder)
+        for folder in reversed(self.all()):
+            problem = problem_of(folder)
             if problem is None:
-                return folder, _state(folder)
+                return folder, state_of(folder)
             say(f"{folder} is damaged and passed over: {problem}")
         return None
 
-    def _all(self) -> list[Path]:
-        """Oldest first."""
+    def all(self) -> list[Path]:
+        """The folders of all checkpoints, good or not, oldest first."""
         found = [path for path in self._run_directory.glob("step_*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]))
+        return sorted(found, key=step_of)
 
     def _prune(self) -> None:
-        folders, keep = self._all(), self._config.keep_top_k
+        folders, keep = self.all(), self._config.keep_top_k
         if keep is None:
             return
         # Of equally good ones the newer is better: it has seen more.
-        ranked = sorted(folders, key=lambda folder: (self._value(folder), int(folder.name[5:])), reverse=True)
+        ranked = sorted(folders, key=lambda folder: (self._value(folder), step_of(folder)), reverse=True)
         for folder in ranked[keep:]:
             if folder != folders[-1]:
-                shutil.rmtree(folder)
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: one that is killed in between leaves nothing that looks like a damaged checkpoint.
+        removed = self._run_directory / f".{folder.name}.removed"
+        os.replace(folder, removed)
+        shutil.rmtree(removed)
 
     def _value(self, folder: Path) -> float:
         name = self._config.metric_name
         if name is None:
             return 0.0
         try:
-            value = _state(folder).metrics.get(name, float("-inf"))
+            value = state_of(folder).metrics.get(name, float("-inf"))
         except (OSError, ValueError, TypeError):
             return float("-inf")  # a damaged one is the first to go
         return value if self._config.higher_is_better else -value
 
 
-def _state(folder: Path) -> TrainerState:
+def flush(folder: Path) -> None:
+    """Have everything under `folder` on the disk, so that no power failure can empty it after a rename."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def step_of(folder: Path) -> int:
+    """The N of step_N."""
+    return int(folder.name[5:])
+
+
+def state_of(folder: Path) -> TrainerState:
+    """What trainer.json of a checkpoint says."""
     return TrainerState(**json.loads((folder / "trainer.json").read_text()))
 
 
@@ -106,7 +149,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _problem(folder: Path) -> str | None:
+def problem_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None where all is well."""
     try:
         written = json.loads((folder / "manifest.json").read_text())

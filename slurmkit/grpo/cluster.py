@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.errors import Failure
+from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.torch_engine import TorchEngine
+from slurmkit.grpo.interrupt import SIGNALS
 from slurmkit.grpo.policy import Policy, PolicyWorker
+
+_WATCH_SECONDS = 2.0
+_WATCH_FAILURES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ class Bundle:
 def ray_connection() -> Iterator[None]:
     """Join the Ray that RAY_ADDRESS names, or run a private one on this machine for as long as the context lasts."""
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", logging_level=logging.ERROR)
+        with _keeping_signals():
+            ray.init(address="auto", logging_level=logging.ERROR)
         try:
             yield
         finally:
@@ -47,15 +54,70 @@ def ray_connection() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="slurmkit-", dir="/tmp")
     try:
         # "local" never joins a Ray that somebody else runs on this machine.
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=f"{folder}/ray")
+        with _keeping_signals():
+            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=f"{folder}/ray")
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _keeping_signals() -> Iterator[None]:
+    """Around ray.init: the driver's signals stay the driver's, and what it starts does not get them.
+
+    Ray takes SIGTERM's handler, and its processes would stay in our process group: a signal to the whole group, as a
+    terminal sends, would take the actors away that a checkpoint is still to be had from.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    _set_apart.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        mask, _set_apart.mask = _set_apart.mask, None
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask or ())
+
+
+class _SetApart:
+    """Runs in each child between fork and exec, and does something while Ray is started."""
+
+    mask: set[Any] | None = None
+
+    def __call__(self) -> None:
+        if self.mask is not None:
+            os.setpgid(0, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+_set_apart = _SetApart()
+os.register_at_fork(after_in_child=_set_apart)
+
+
+async def watch_ray() -> NoReturn:
+    """Notice that Ray's control service is gone; after a minute of that, Ray would end this process without a message.
+
+    Consumes nothing. Waits until a connection is refused, or not made in time, several times in a row. Produces a
+    NodeFailure, and ends with it or by being cancelled.
+    """
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    failures = 0
+    while failures < _WATCH_FAILURES:
+        await asyncio.sleep(_WATCH_SECONDS)
+        try:
+            async with asyncio.timeout(_WATCH_SECONDS):
+                _, writer = await asyncio.open_connection(host, int(port))
+            writer.close()
+            failures = 0
+        except OSError:
+            failures += 1
+    raise NodeFailure(f"Ray's control service at {address} is gone: its process, or the node that it ran on, died")
+
+
 def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> tuple[Policy, list[Actor]]:
-    """Policy ranks and engines on all nodes, both ordered by (node, device). Failure where Ray has no room."""
+    """Policy ranks and engines on all nodes, both ordered by (node, device). Failure where Ray has no room for them."""
     group, bundles = _reserve(config)
     per_node = config.ranks_per_node
     threads = max(1, len(os.sched_getaffinity(0)) // per_node)
@@ -97,7 +159,9 @@ def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:
     if not group.wait(config.cluster.placement_timeout_seconds):
         alive = [node["Resources"] for node in _nodes() if node["Alive"]]
         has = "; ".join(f"{found.get('CPU', 0):g} CPU, {found.get('GPU', 0):g} GPU" for found in alive)
-        raise Failure(
+        # A Ray that was brought up with as many nodes as are asked for has lost some.
+        kind = NodeFailure if os.environ.get("RAY_ADDRESS") and len(alive) < nodes else Failure
+        raise kind(
             f"no room for the run after {config.cluster.placement_timeout_seconds:g} s: it asks for {nodes} node(s) "
             f"with 1 CPU and {gpus} GPU each (cluster.num_nodes, cluster.gpus_per_node); Ray has {len(alive)} "
             f"node(s): {has}"

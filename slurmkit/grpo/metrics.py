@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from slurmkit.config.schema import TrainConfig
+from slurmkit.errors import Failure
+from slurmkit.grpo.interrupt import Interrupted
 
 _SHOWN = (
     ("train:reward_mean", "reward {:.3f}"),
@@ -31,7 +33,7 @@ class RunLog:
     """Writes one line per step. Used as a context, so that W&B is finished with the run's outcome."""
 
     def __init__(self, run_directory: Path, config: TrainConfig, *, last_step: int, resume_after: int | None) -> None:
-        """`resume_after`: the step of the checkpoint that the run goes on from, None for a fresh start."""
+        """`resume_after`: the step of the run's own checkpoint that it goes on from, None for a fresh file."""
         self._path = run_directory / "metrics.jsonl"
         self._last_step = last_step
         if resume_after is None:
@@ -44,7 +46,8 @@ class RunLog:
     def _forget_after(self, step: int) -> None:
         """Steps after the checkpoint are about to be made again; a line cut short by a crash goes with them."""
         kept = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
+        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        for line in text.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
@@ -57,13 +60,21 @@ class RunLog:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log everything that is known of one step, once."""
         # One write() of a whole line: whoever follows the file never reads half of one.
-        self._file.write(
-            (json.dumps({"step": step, "last_step": self._last_step, **metrics}, allow_nan=False) + "\n").encode()
-        )
+        line = (json.dumps({"step": step, "last_step": self._last_step, **metrics}, allow_nan=False) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise Failure(f"{self._path} cannot be written: {error.strerror}") from None
+        if written != len(line):
+            raise Failure(f"{self._path} cannot be written: only {written} of {len(line)} bytes found room")
         shown = [form.format(metrics[name]) for name, form in _SHOWN if name in metrics]
         say(f"step {step}/{self._last_step}  " + "  ".join(shown))
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+
+    def flush(self) -> None:
+        """Have all lines on the disk: a checkpoint must not outlive the lines before it."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> RunLog:
         return self
@@ -72,8 +83,12 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._wandb is None:
+            return
+        if kind is None or issubclass(kind, Interrupted):  # the next attempt goes on with it
+            self._wandb.finish(exit_code=0)
+        elif issubclass(kind, Exception):  # else we leave at once, and finishing may wait for the network
+            self._wandb.finish(exit_code=1)
 
 
 def say(message: str) -> None:
@@ -97,7 +112,9 @@ def _wandb_run(run_directory: Path, config: TrainConfig) -> Any:
     # In the run directory and not in a checkpoint: an attempt that dies before its first save is the same run, too.
     id_file = folder / "run_id"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        beside = id_file.with_name(".run_id.unfinished")
+        beside.write_text(secrets.token_hex(4))
+        os.replace(beside, id_file)
     return wandb.init(
         project=config.logger.wandb.project,
         name=config.logger.wandb.name,

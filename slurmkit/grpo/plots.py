@@ -41,7 +41,8 @@ class Plots:
             raise
         if child.returncode:
             # A run is not worth less for a plot that could not be drawn; metrics.jsonl has it all.
-            say(f"the plots could not be drawn: {errors.decode(errors='replace').strip().splitlines()[-1]}")
+            reason = errors.decode(errors="replace").strip() or f"exit code {child.returncode}"
+            say(f"the plots could not be drawn: {reason.splitlines()[-1]}")
 
     async def __aenter__(self) -> Plots:
         return self
@@ -50,6 +51,10 @@ class Plots:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._drawing is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):  # asked to leave: the next attempt draws them
+            self._drawing.cancel()
+            await asyncio.gather(self._drawing, return_exceptions=True)
             return
         try:
             await self._drawing

@@ -35,6 +35,7 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.weights import Weights
 from slurmkit.grpo.batch import MicroBatch, OptimizerStep
+from slurmkit.grpo.checkpoint import flush
 from slurmkit.grpo.loss import LossSums, clipped_policy_loss, token_logprobs
 
 # The whole state on the CPU of rank 0, under the names of the unsharded model: any other number of ranks can load it.
@@ -163,6 +164,7 @@ class PolicyWorker:
         if self._rank == 0:
             self._model.save_pretrained(Path(folder) / "model", state_dict=weights)
             torch.save(optimizer, Path(folder) / "optimizer.pt")
+            flush(Path(folder))  # here, as the driver's node may not be the one whose memory holds it
 
 
 def use_interface_of(address: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
@@ -15,13 +17,15 @@ from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import Failure, UserError
 from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
-from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
-from slurmkit.grpo.cluster import ray_connection, start_actors
+from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState
+from slurmkit.grpo.cluster import ray_connection, start_actors, watch_ray
 from slurmkit.grpo.credit import credit
 from slurmkit.grpo.from_scratch import starting_model
+from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
 from slurmkit.grpo.metrics import RunLog, say, timed
 from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy
+from slurmkit.grpo.resume import starting_point
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect
 
@@ -29,11 +33,11 @@ from slurmkit.rollout.collect import Group, Sampling, collect
 _TRAINING, _VALIDATION = 0, 1
 
 
-async def train(config: TrainConfig) -> None:
+async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     """Run, or go on with, the training that `config` describes.
 
-    Raises UserError for data or a model that cannot be used, Failure where an actor died, a deadline passed or no
-    group carried signal for too long.
+    Raises UserError for data or a model that cannot be used, NodeFailure where Ray or an actor died, Failure where an
+    actor raised or no group carried signal for too long, and Interrupted, once all is saved, where that was asked for.
     """
     run_directory = Path(config.checkpointing.checkpoint_dir).absolute()
     domain = make_domain(config)
@@ -48,7 +52,7 @@ async def train(config: TrainConfig) -> None:
             "there is not one step to make"
         )
     checkpoints = Checkpoints(run_directory, config.checkpointing)
-    found = checkpoints.newest_good(say)
+    found = starting_point(checkpoints, config)
     order = TaskOrder(domain.train_tasks, seed=config.grpo.seed, shuffle=config.data.shuffle)
     if found is None:
         checkpoint, model_path = None, starting_model(config, domain, run_directory)
@@ -66,12 +70,18 @@ async def train(config: TrainConfig) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_connection())
         policy, engines = start_actors(config, model_path, state.updates)
+        interrupts.attend()
         pool = await stack.enter_async_context(EnginePool(engines, config.policy.generation.max_batch_size))
-        await policy.start(model_path, checkpoint / "optimizer.pt" if checkpoint else None, state.updates)
-        resume_after = state.step if checkpoint else None
+        starting = policy.start(model_path, checkpoint / "optimizer.pt" if checkpoint else None, state.updates)
+        await guarded(interrupts.unless(starting), watch_ray())
+        is_own = checkpoint is not None and checkpoint.parent == run_directory
+        resume_after = state.step if is_own else None
         log = stack.enter_context(RunLog(run_directory, config, last_step=last_step, resume_after=resume_after))
         plots = await stack.enter_async_context(Plots(run_directory))
-        await Trainer(config, domain, order, chat, pool, policy, checkpoints, log, plots, last_step, state).run()
+        trainer = Trainer(
+            config, domain, order, chat, pool, policy, checkpoints, log, plots, interrupts, last_step, state, checkpoint
+        )
+        await guarded(trainer.run(), watch_ray())
 
 
 @dataclass(slots=True)
@@ -87,23 +97,34 @@ class Trainer:
     checkpoints: Checkpoints
     log: RunLog
     plots: Plots
+    interrupts: Interrupts
     last_step: int
     state: TrainerState
+    saved: Path | None
+    """The checkpoint of `state`, once there is one."""
 
     async def run(self) -> None:
         """All steps that are left.
 
         Consumes tasks; waits for rollouts, then for the update, one after the other; produces lines in metrics.jsonl
-        and checkpoints; ends after the last step or with the first failure.
+        and checkpoints; ends after the last step, with the first failure, or, once asked to leave, with all that is
+        finished saved.
         """
+        try:
+            await self.make_steps()
+        except Interrupted:
+            await self.leave()
+
+    async def make_steps(self) -> None:
+        """A step that has begun to change the weights is finished whatever happens; until then it can be dropped."""
         if self.state.step == 0 and self.config.grpo.val_at_start:
-            self.log.write(0, await self.validate())
+            self.log.write(0, await self.interrupts.unless(self.validate()))
             self.plots.redraw()
         for step in range(self.state.step + 1, self.last_step + 1):
             metrics: dict[str, float] = {}
             with timed(metrics, "time:step"):
                 with timed(metrics, "time:rollout"):
-                    groups = await self.rollout(step)
+                    groups = await self.interrupts.unless(self.rollout(step))
                 samples, rollout_metrics = credit(
                     groups,
                     normalize=self.config.grpo.normalize_rewards,
@@ -135,11 +156,28 @@ class Trainer:
                 tasks_digest=self.state.tasks_digest,
                 metrics=metrics,
             )
+            self.saved = None
             if validating:
                 self.plots.redraw()
             self.check_signal()
             if saving:
-                await self.checkpoints.save(self.state, self.write_checkpoint)
+                await self.save()
+
+    async def save(self) -> Path:
+        """Save the last finished step."""
+        self.log.flush()
+        self.saved = await self.checkpoints.save(self.state, self.write_checkpoint)
+        return self.saved
+
+    async def leave(self) -> NoReturn:
+        """Save the last finished step unless it is saved already, then raise Interrupted that says so."""
+        step = self.state.step
+        if not step:
+            raise Interrupted
+        if self.saved is None and not self.config.checkpointing.enabled:
+            raise Interrupted(f"interrupted after step {step}: nothing is saved, as checkpointing.enabled is false")
+        folder = self.saved or await self.save()
+        raise Interrupted(f"interrupted after step {step}: everything is saved in {folder.name}")
 
     async def rollout(self, step: int) -> list[Group]:
         """The step's tasks, each played by a group of episodes."""
@@ -192,6 +230,7 @@ class Trainer:
         """What a checkpoint holds besides the trainer's own state."""
         await self.policy.save(folder)
         self.chat.save(folder / "model")
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config.model_dump(mode="json"), indent=1))
 
     def due_to_save(self, step: int) -> bool:
         checkpointing = self.config.checkpointing

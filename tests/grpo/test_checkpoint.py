@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slurmkit.config.schema import Checkpointing
+from slurmkit.errors import Failure
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 
 
@@ -55,9 +58,14 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "trainer.json", "optimizer.pt"])
-def test_a_lost_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("damage", ["lost", "cut short", "empty"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, name: str, damage: str) -> None:
     checkpoints = save(tmp_path, 0.1, 0.2)
-    (tmp_path / "step_2" / name).unlink()
+    path = tmp_path / "step_2" / name
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if damage == "cut short" else b"")
     said: list[str] = []
     found = checkpoints.newest_good(said.append)
     assert found is not None
@@ -65,21 +73,57 @@ def test_a_lost_file_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, 
     assert name in said[0]
 
 
-def test_what_a_crash_left_half_written_is_no_checkpoint_and_the_next_save_clears_it(tmp_path: Path) -> None:
+def test_a_file_that_somebody_added_does_no_harm(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, 0.1)
+    (tmp_path / "step_1" / "notes.txt").write_text("the good one")
+    assert checkpoints.newest_good(pytest.fail) is not None
 
-    async def crash(folder: Path) -> None:
-        await write_model(folder)
-        raise OSError("disk full")
 
+def test_a_save_that_fails_or_is_killed_leaves_no_checkpoint_and_the_next_one_clears_it(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 0.1)
     state = TrainerState(2, 20, 2, 0, "digest", {"val:accuracy": 0.9})
-    with pytest.raises(OSError, match="disk full"):
-        asyncio.run(checkpoints.save(state, crash))
+
+    async def fail(folder: Path) -> None:
+        await write_model(folder)
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    with pytest.raises(
+        Failure, match=r"step_2 cannot be saved, with [\d,.]+ MiB left on its disk: .*No space left.*step_1"
+    ):
+        asyncio.run(checkpoints.save(state, fail))
+    assert kept(tmp_path) == [1]
+    for left in (".step_7.unfinished", ".step_1.removed"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "trainer.json").write_text("{")
     found = checkpoints.newest_good(pytest.fail)
     assert found is not None
     assert found[0].name == "step_1"
     asyncio.run(checkpoints.save(state, write_model))
     assert kept(tmp_path) == [1, 2]
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}").partition(".unfinished")[2])
+        real(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        assert synced == {
+            "",
+            "/model",
+            *(f"/{name}" for name in ("manifest.json", "trainer.json", "optimizer.pt", "model/model.safetensors")),
+        }
+        Path(source).rename(target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save(tmp_path, 0.1)
+    assert kept(tmp_path) == [1]
 
 
 @pytest.mark.parametrize(

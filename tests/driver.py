@@ -1,0 +1,102 @@
+"""The driver as a user starts it, on a private Ray, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CANARY = "canary-7f3a-must-not-leave"
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    output: str
+    errors: str
+    folder: Path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def values(self, name: str) -> list[float]:
+        return [line[name] for line in self.lines if name in line]
+
+
+def start(
+    folder: Path, config: Path, *overrides: str, new_session: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """`new_session`: as a leader of its own process group, so that a signal can be sent to all of it."""
+    inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "slurmkit.grpo", f"--config={config}"]
+    return subprocess.Popen(
+        [*command, f"checkpointing.checkpoint_dir={folder}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=inherited | {"SOME_SECRET": CANARY} | environment,
+        start_new_session=new_session,
+    )
+
+
+def ended(process: subprocess.Popen[str], folder: Path, timeout: float = 300) -> Run:
+    """What became of a driver. One that takes too long is ended."""
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate(timeout=30)
+        raise
+    return Run(process.returncode, output, errors, folder)
+
+
+def run(folder: Path, config: Path, *overrides: str, timeout: float = 300, **environment: str) -> Run:
+    return ended(start(folder, config, *overrides, **environment), folder, timeout)
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 200) -> None:
+    """Wait for a moment in a driver's life, as closely as one can."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the moment did not come"
+        time.sleep(0.001)
+
+
+def last_logged(folder: Path) -> int:
+    """The last step of which metrics.jsonl has a line; -1 before the first."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else -1
+
+
+def processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The driver's Ray, with its actors, in no order."""
+    return psutil.Process(driver.pid).children(recursive=True)
+
+
+def titled(processes: list[psutil.Process], title: str) -> psutil.Process:
+    """The one process whose command line begins with `title`: Ray names an actor's after its class and method."""
+    (found,) = [each for each in processes if _title(each).startswith(title)]
+    return found
+
+
+def does(process: psutil.Process, title: str) -> bool:
+    """Whether an actor is inside the method that `title` names, as `ray::Class.method`."""
+    return _title(process).startswith(title)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
