@@ -1,6 +1,9 @@
-"""The two ways in which slurmkit gives up, and the exit codes that tell them apart."""
+"""The ways in which slurmkit gives up, and the exit codes that tell them apart."""
 
 from __future__ import annotations
+
+# Exit code of a driver that was asked to leave and has: everything is saved, and going on loses nothing.
+INTERRUPTED = 85
 
 
 class SlurmkitError(Exception):

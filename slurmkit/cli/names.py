@@ -12,7 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from slurmkit.errors import SlurmkitError
-from slurmkit.run.find import find_run, jobs_of, results_folder, runs_in
+from slurmkit.run.directory import jobs_of
+from slurmkit.run.find import find_run, results_folder, runs_in
 
 if TYPE_CHECKING:
     from slurmkit.report.table import Table

@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
+from slurmkit.errors import INTERRUPTED
 from slurmkit.job.settle import settle
 from slurmkit.run.leftovers import find
-from slurmkit.run.local import INTERRUPTED, run_here
+from slurmkit.run.local import run_here
 from slurmkit.slurm.command import active_jobs
 
 _TAIL = 30

@@ -8,6 +8,8 @@ from collections.abc import Awaitable
 from types import FrameType
 from typing import NoReturn, TypeVar
 
+from slurmkit.errors import INTERRUPTED
+
 Value = TypeVar("Value")
 # USR2 is what Slurm sends before a time limit or a preemption, if asked to; TERM and INT may come from anybody.
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -16,7 +18,7 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 class Interrupted(BaseException):
     """The run leaves in order; the text says what is saved. No Exception, as libraries catch those."""
 
-    exit_code = 85
+    exit_code = INTERRUPTED
 
     def __init__(self, text: str = "interrupted before a step was finished: there is nothing to save") -> None:
         super().__init__(text)

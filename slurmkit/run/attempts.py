@@ -11,10 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slurmkit.run.find import attempt_folders, next_job, read_json, recorded
+from slurmkit.run.directory import attempt_folders, next_job, read_json, recorded
 
-# Exit code of the driver: everything is saved, and going on loses nothing.
-INTERRUPTED = 85
 # Seconds without a heartbeat, one every 2 s, after which nobody is there: files may show a minute late over a network.
 SILENCE = 120.0
 # Steps whose mean tells the time left.

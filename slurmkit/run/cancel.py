@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slurmkit.errors import Failure, UserError
-from slurmkit.run.directory import write_beside
-from slurmkit.run.find import read_json
+from slurmkit.run.directory import read_json, write_beside
 from slurmkit.run.state import Queue, RunState, read_states, supervisor
 from slurmkit.run.verify import run_dir_in
 from slurmkit.slurm.client import SlurmClient

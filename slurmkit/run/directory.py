@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,52 @@ def write_together(files: Mapping[Path, str]) -> None:
             left.unlink(missing_ok=True)
 
 
+def jobs_of(run: Path) -> set[str]:
+    """The ids of all jobs that the run ever had, follow-ups included, from its files alone."""
+    found = {str(each["job_id"]) for each in recorded(run) if "job_id" in each}
+    for folder in attempt_folders(run):
+        found.add(folder.name.partition(".")[0])
+        found |= {following} if (following := next_job(folder)) else set()
+    return {job_id for job_id in found if job_id.isdigit()}
+
+
+def recorded(run: Path) -> list[dict[str, Any]]:
+    """What run.json has of each attempt that was submitted, or run here, by hand."""
+    attempts = (read_json(run / "run.json") or {}).get("attempts")
+    return [each for each in attempts if isinstance(each, dict)] if isinstance(attempts, list) else []
+
+
+def attempt_folders(run: Path) -> list[Path]:
+    """JOBID.RESTART and local-N, in no order."""
+    try:
+        with os.scandir(run / "attempts") as entries:
+            return [
+                Path(entry.path)
+                for entry in entries
+                if re.fullmatch(r"\d+\.\d+|local-\d+", entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError:
+        return []
+
+
+def next_job(attempt: Path) -> str | None:
+    """The follow-up that an attempt has queued."""
+    try:
+        text = (attempt / "next").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return text if text.isdigit() else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A record; None where it is missing, or not whole: whoever watches a run must not fall over what broke it."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
 class RunDirectory:
     """One run's folder. `prepare` makes it, `undo` takes back what a refused submission made."""
 
@@ -82,16 +128,6 @@ class RunDirectory:
     def attempts(self) -> list[dict[str, Any]]:
         """One record per attempt so far."""
         return list((self.record or {}).get("attempts", []))
-
-    @property
-    def job_ids(self) -> set[str]:
-        """Every job of the run so far, also those that were queued by the job before them."""
-        found = {attempt["job_id"] for attempt in self.attempts if "job_id" in attempt}
-        for attempt in (self.path / "attempts").glob("[0-9]*"):
-            found.add(attempt.name.partition(".")[0])
-            with suppress(OSError):
-                found.add((attempt / "next").read_text(encoding="utf-8").strip())
-        return found
 
     def refuse_other(self, settled: Settled) -> None:
         """A name belongs to one run: going on is an attempt, anything else needs a name of its own.

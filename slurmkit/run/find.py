@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from slurmkit.errors import Failure, UserError
+from slurmkit.run.directory import jobs_of
 
 _JOB_ID = re.compile(r"(\d+)(?:[_+]\S+)?")
 
@@ -56,6 +54,8 @@ def find_run(text: str, results: Path) -> Path:
                 return path.absolute()
         if (elsewhere := _run_of_job(found[1])) is not None:
             return elsewhere
+    import difflib
+
     names = [path.name for path in runs]
     near = difflib.get_close_matches(text, names, 5, 0.4)
     near += [name for name in names if text.lower() in name.lower() and name not in near]
@@ -63,52 +63,6 @@ def find_run(text: str, results: Path) -> Path:
         f"{text}: no run of that name in {results}, no run directory, and no job of one; "
         + (f"the nearest are {', '.join(near[:5])}" if near else "slurmkit ls lists the runs")
     )
-
-
-def jobs_of(run: Path) -> set[str]:
-    """The ids of all jobs that the run ever had, follow-ups included, from its files alone."""
-    found = {str(each["job_id"]) for each in recorded(run) if "job_id" in each}
-    for folder in attempt_folders(run):
-        found.add(folder.name.partition(".")[0])
-        found |= {following} if (following := next_job(folder)) else set()
-    return {job_id for job_id in found if job_id.isdigit()}
-
-
-def recorded(run: Path) -> list[dict[str, Any]]:
-    """What run.json has of each attempt that was submitted, or run here, by hand."""
-    attempts = (read_json(run / "run.json") or {}).get("attempts")
-    return [each for each in attempts if isinstance(each, dict)] if isinstance(attempts, list) else []
-
-
-def attempt_folders(run: Path) -> list[Path]:
-    """JOBID.RESTART and local-N, in no order."""
-    try:
-        with os.scandir(run / "attempts") as entries:
-            return [
-                Path(entry.path)
-                for entry in entries
-                if re.fullmatch(r"\d+\.\d+|local-\d+", entry.name) and entry.is_dir(follow_symlinks=False)
-            ]
-    except OSError:
-        return []
-
-
-def next_job(attempt: Path) -> str | None:
-    """The follow-up that an attempt has queued."""
-    try:
-        text = (attempt / "next").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return None
-    return text if text.isdigit() else None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A record; None where it is missing, or not whole: whoever watches a run must not fall over what broke it."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _run_of_job(job_id: str) -> Path | None:

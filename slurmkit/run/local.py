@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slurmkit.errors import UserError
+from slurmkit.errors import INTERRUPTED, UserError
 from slurmkit.job.settle import Settled
 from slurmkit.run.directory import RunDirectory, write_beside
 from slurmkit.run.leftovers import Leftovers, end, own_mark
@@ -25,7 +25,6 @@ _POLL = 0.5
 _GRACE_OF_TRAINER, _GRACE = 1800.0, 15.0
 # And when asked again.
 _AT_ONCE = 2.0
-INTERRUPTED = 85
 
 
 def run_here(

@@ -10,9 +10,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slurmkit.errors import Failure
+from slurmkit.errors import INTERRUPTED, Failure
 from slurmkit.run.attempts import (
-    INTERRUPTED,
     SILENCE,
     Attempt,
     RunFiles,
@@ -27,7 +26,7 @@ from slurmkit.run.attempts import (
     restart_of,
     silence,
 )
-from slurmkit.run.find import read_json
+from slurmkit.run.directory import read_json
 from slurmkit.slurm.client import JobState, SlurmClient
 from slurmkit.slurm.words import how_it_ended, why_it_waits
 

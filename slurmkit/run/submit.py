@@ -14,7 +14,7 @@ from typing import Any
 from slurmkit.errors import Failure, UserError
 from slurmkit.job.render import digest_of_spec
 from slurmkit.job.settle import Settled
-from slurmkit.run.directory import RunDirectory
+from slurmkit.run.directory import RunDirectory, jobs_of
 from slurmkit.run.patience import Patience
 from slurmkit.run.preflight import look
 from slurmkit.slurm.client import Estimate, JobState, NoAnswer, SlurmClient
@@ -62,7 +62,7 @@ def submit(
     ready = check(settled, script, client, patience)
     directory = ready.directory
     os.umask(int(spec.umask, 8))  # sbatch hands it on, so that the job's own output is made with it, too
-    known = directory.job_ids
+    known = jobs_of(directory.path)
     directory.prepare({"job.sbatch": script} | ({} if spec.config is None else {"config.yaml": spec.config}))
     path = directory.path / "job.sbatch"
     try:

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slurmkit.errors import Failure
+from slurmkit.errors import INTERRUPTED, Failure
 from slurmkit.job.values import gpus_in_gres, gpus_of
 from slurmkit.run.attempts import (
-    INTERRUPTED,
     Attempt,
     RunFiles,
     changed,
@@ -21,7 +20,7 @@ from slurmkit.run.attempts import (
     last_written,
     restart_of,
 )
-from slurmkit.run.find import jobs_of
+from slurmkit.run.directory import jobs_of
 from slurmkit.run.state import Queue, read_states
 from slurmkit.slurm.client import JobUsage, SlurmClient
 
