@@ -86,7 +86,7 @@ def command(
     click.echo(f"rendered file  {job.script}")
     click.echo(f"run directory  {job.run_dir}")
     log = job.run_dir / "attempts/latest/driver.log"
-    click.echo(f"follow it      tail -F {shlex.join([str(job.output), str(log)])}")
+    click.echo(f"follow it      slurmkit logs -f {shlex.quote(str(job.run_dir))}")
     if wait:
         from rich.console import Console
 
