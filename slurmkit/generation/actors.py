@@ -34,15 +34,16 @@ class Actor:
         reference = getattr(self.handle, method).remote(*arguments)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(reference.future()), self.timeout_seconds)
+        except ray.exceptions.RayTaskError as error:  # first, as it is also of the kind that was raised
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            is_ray = isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError)
+            kind = NodeFailure if is_ray else Failure
+            raise kind(f"{self.name} failed in {method}(): {type(cause).__name__}: {str(cause).strip()}") from error
         except TimeoutError:
             raise NodeFailure(
                 f"{self.name} did not finish {method}() within {self.timeout_seconds:g} s "
                 "(cluster.call_timeout_seconds)"
             ) from None
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            kind = NodeFailure if isinstance(cause, ray.exceptions.RayError) and cause is not error else Failure
-            raise kind(f"{self.name} failed in {method}(): {type(cause).__name__}: {str(cause).strip()}") from error
         except ray.exceptions.RayError as error:
             if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
                 # Ray appends the constructor's traceback; the exception is the last line.
