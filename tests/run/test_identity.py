@@ -10,7 +10,7 @@ from parts import SLURMKIT
 
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, Settled, settle
-from slurmkit.run.directory import RunDirectory
+from slurmkit.run.directory import RunDirectory, jobs_of
 from slurmkit.run.preflight import look
 
 CONFIG = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ngrpo: {max_num_steps: 5}\n"
@@ -77,7 +77,7 @@ def test_follow_ups_are_jobs_of_the_run(directory: RunDirectory) -> None:
         (directory.path / "attempts" / name).mkdir()
         (directory.path / "attempts" / name / "next").write_text(f"{following}\n")
     (directory.path / "attempts/latest").symlink_to("7.0")
-    assert directory.job_ids == {"1", "7", "9"}
+    assert jobs_of(directory.path) == {"1", "7", "9"}
 
 
 def test_starting_anew_over_checkpoints_is_refused_before_the_queue(here: Path, directory: RunDirectory) -> None:

@@ -39,6 +39,12 @@ def job_id_of(output: str) -> str:
     return found[1]
 
 
+def end_of(run_dir: Path) -> tuple[int, str, list[str], bool]:
+    """What the latest attempt has recorded of its end: code, reason, bad nodes, whether it was cancelled."""
+    found = json.loads((run_dir / "attempts/latest/end.json").read_text())
+    return found["code"], found["reason"], found["bad_nodes"], found["cancelled"]
+
+
 def is_active(cluster: Cluster, job_id: str) -> bool:
     return cluster.ask("squeue", "-h", "-j", job_id).strip() != ""
 
@@ -100,6 +106,7 @@ def test_the_job_s_exit_code_is_the_driver_s_and_the_end_of_its_log_is_in_the_jo
     job_id = job_id_of(done.stdout)
     assert "the reason" in (shared_path / f"results/bash/slurm-{job_id}.out").read_text()
     assert cluster.ended(job_id) == "FAILED|7:0"
+    assert end_of(shared_path / "results/bash") == (7, "the command failed with exit code 7", [], False)
 
 
 def test_the_caller_s_sbatch_and_slurm_variables_change_nothing(cluster: Cluster, shared_path: Path) -> None:
@@ -235,6 +242,7 @@ def test_a_node_whose_ray_dies_ends_the_job_and_is_named(cluster: Cluster, share
     cluster.on_node("node2", "sh", "-c", "kill -9 $(ps -eo pid,comm | awk '$2 == \"raylet\" {print $1}')")
     wait_until(lambda: not is_active(cluster, job_id), "the job ends")
     assert cluster.ended(job_id) == "FAILED|75:0"
+    assert end_of(shared_path / "results/x") == (75, "node node2: its raylet died", ["node2"], False)
     output = (shared_path / f"results/x/slurm-{job_id}.out").read_text()
     assert "slurmkit: node node2: its raylet died" in output
     assert any((shared_path / "results/x/attempts/latest").glob("ray-node2/raylet*"))
@@ -269,7 +277,17 @@ def test_scancel_ends_everything_on_all_nodes(cluster: Cluster, shared_path: Pat
     wait_until(lambda: not is_active(cluster, job_id), "the job ends")
     assert left_on(cluster, "node1", job_id) + left_on(cluster, "node2", job_id) == []
     assert "sleep 300" not in cluster.on_node("node1", "ps", "-eo", "args").splitlines()
-    assert "ended by Slurm" in (shared_path / f"results/x/slurm-{job_id}.out").read_text()
+    assert "ended by Slurm: cancelled" in (shared_path / f"results/x/slurm-{job_id}.out").read_text()
+    assert end_of(shared_path / "results/x") == (143, "ended by Slurm: cancelled", [], True)
+
+
+def test_a_job_that_reaches_its_time_limit_says_so(cluster: Cluster, shared_path: Path) -> None:
+    done = cluster.slurmkit(shared_path, "submit", "-N", "1", "--time", "5", "--", "bash", "-c", "touch up; sleep 300")
+    job_id = job_id_of(done.stdout)
+    wait_until((shared_path / "up").exists, "the driver starts")
+    cluster.ask("scontrol", "update", f"JobId={job_id}", "EndTime=now+1")
+    wait_until(lambda: not is_active(cluster, job_id), "the job ends", 120)
+    assert end_of(shared_path / "results/bash") == (143, "ended by Slurm: out of time", [], False)
 
 
 def test_an_interrupted_wait_leaves_the_job_running(cluster: Cluster, shared_path: Path) -> None:
