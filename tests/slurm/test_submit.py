@@ -73,7 +73,7 @@ def test_the_command_starts_when_every_node_and_gpu_is_registered(
     for fact in (
         f"rendered file  {run_dir}/job.sbatch",
         f"run directory  {run_dir}",
-        f"slurmkit logs -f {run_dir}",
+        f"slurmkit logs -f '{run_dir}'",
         "COMPLETED, exit code 0",
     ):
         assert fact in done.stdout
