@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,7 @@ def test_a_job_s_processes_are_left_alone_as_long_as_slurm_or_its_shell_knows_it
 ) -> None:
     """On a node, which has process ids and a /tmp of its own."""
     held = "submit --name held --set sbatch.hold=true -- true"
+    slurmkit = shlex.quote(str(SLURMKIT))
     pending = cluster.slurmkit(shared_path, *held.split()).stdout.split()[1]
     # Read from a pipe: a process whose command line names a folder is at work in it.
     script = f"""
@@ -156,10 +158,10 @@ def test_a_job_s_processes_are_left_alone_as_long_as_slurm_or_its_shell_knows_it
     SK_ATTEMPT=888888.0 setsid sleep 603 &
     SK_MARK=888888.0 setsid sleep 604 &
     sleep 0.5
-    {SLURMKIT} cleanup --yes
+    {slurmkit} cleanup --yes
     echo "exit $?"
     ps -eo args | grep '^sleep 60[0-9]'; ls -d /tmp/sk-*
-    PATH=/nowhere {SLURMKIT} cleanup --yes 2>&1
+    PATH=/nowhere {slurmkit} cleanup --yes 2>&1
     pkill -x -f 'sleep 60[0-9]'; rm -rf /tmp/sk-*
     """
     said = cluster.on_node("node4", "bash", "-s", input=script)
