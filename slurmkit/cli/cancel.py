@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 import click
 
-from slurmkit.cli.names import echo_json, json_option, runs_argument
+from slurmkit.cli.names import client_here, echo_json, json_option, runs_argument
 
 
 @click.command("cancel")
@@ -20,9 +19,8 @@ def command(runs: tuple[Path, ...], as_json: bool) -> None:
     Exit code: 0 all have ended, 1 one is told to end and has not yet.
     """
     from slurmkit.run.cancel import cancel
-    from slurmkit.slurm.connect import connect
 
-    client = None if shutil.which("sbatch") is None else connect()
+    client = client_here()
     done = []
     for run in runs:
         one = cancel(run, client)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
 
+from slurmkit.cli.names import echo_json
 from slurmkit.run.forecast import duration
 from slurmkit.run.leftovers import Leftovers, end, find, remove
 from slurmkit.slurm.command import active_jobs
@@ -34,7 +34,7 @@ def command(yes: bool, as_json: bool) -> None:
         processes = [process._asdict() for process in left.processes]
         paths = [str(path) for path in left.paths]
         found = {"processes": processes, "paths": paths, "unknown": list(left.unknown), "left": still}
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        echo_json(found)
     elif count:
         click.echo(f"{still} of {count} are left" + ("" if yes else ": end and remove them with --yes"))
     sys.exit(1 if still else 0)

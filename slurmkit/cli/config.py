@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from slurmkit.cli.names import echo_json
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.config.source import leaves
 from slurmkit.job.settle import Settled, settle
@@ -24,7 +25,7 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
     request = request_from(context, words, options)._replace(partial=True)
     settled = settle(request, Path.cwd())
     if as_json:
-        click.echo(json.dumps(_as_json(settled), indent=2, ensure_ascii=False))
+        echo_json(_as_json(settled))
         return
     for key, value in leaves(settled.spec.model_dump(mode="json", exclude={"config"})):
         if value not in (None, [], {}, False) or settled.origins.get(key, "default") != "default":

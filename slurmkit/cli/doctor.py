@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import click
 
+from slurmkit.cli.names import echo_json
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.doctor import machine, queue
 from slurmkit.doctor.allocation import Reports, examine
@@ -68,14 +68,14 @@ def _one_machine(subject: Subject, as_json: bool) -> bool:
                 _show(finding.result, finding.what, finding.found, finding.advice)
     ok = all(finding.result != "fail" for finding in seen)
     if as_json:
-        _print_json({"ok": ok, "machine": socket.gethostname(), "checks": list(_plain(seen))})
+        echo_json({"ok": ok, "machine": socket.gethostname(), "checks": list(_plain(seen))})
     return ok
 
 
 def _many_nodes(reports: Reports, as_json: bool) -> bool:
     ok = all(finding.result != "fail" for findings in reports.values() for finding in findings)
     if as_json:
-        _print_json({"ok": ok, "nodes": {name: list(_plain(findings)) for name, findings in reports.items()}})
+        echo_json({"ok": ok, "nodes": {name: list(_plain(findings)) for name, findings in reports.items()}})
         return ok
     for what in dict.fromkeys(finding.what for findings in reports.values() for finding in findings):
         told: dict[tuple[str, str], list[str]] = {}  # (result, what was found) -> names
@@ -126,7 +126,3 @@ def _plain(findings: Iterable[Finding]) -> Iterator[dict[str, str]]:
     for finding in findings:
         kept = asdict(finding)
         yield {key: kept[key] for key in ("what", "result", "found", "advice")}
-
-
-def _print_json(answer: dict[str, Any]) -> None:
-    click.echo(json.dumps(answer, indent=2, ensure_ascii=False))

@@ -18,6 +18,7 @@ from slurmkit.run.find import find_run, results_folder, runs_in
 if TYPE_CHECKING:
     from slurmkit.report.table import Table
     from slurmkit.run.state import Queue, RunState
+    from slurmkit.slurm.client import SlurmClient
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -64,15 +65,20 @@ def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
 
 
+def client_here() -> SlurmClient | None:
+    """The way to Slurm, where there is a Slurm."""
+    if shutil.which("sbatch") is None:
+        return None
+    from slurmkit.slurm.connect import connect
+
+    return connect()
+
+
 def queue_here() -> Queue:
     """Slurm's queue where there is a Slurm; one that is never asked where there is none."""
     from slurmkit.run.state import Queue
 
-    if shutil.which("sbatch") is None:
-        return Queue(None)
-    from slurmkit.slurm.connect import connect
-
-    return Queue(connect())
+    return Queue(client_here())
 
 
 def states_of(runs: Sequence[Path], queue: Queue) -> list[RunState]:

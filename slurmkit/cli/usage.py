@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from slurmkit.cli.names import echo_json, json_option, run_argument
+from slurmkit.cli.names import client_here, echo_json, json_option, run_argument
 from slurmkit.job.layers import site_file
 from slurmkit.run.state import duration
 from slurmkit.run.usage import AttemptUsage, Usage, usage_of
-from slurmkit.slurm.connect import connect
 
 if TYPE_CHECKING:
     from slurmkit.job.site import Price
@@ -27,7 +25,7 @@ def command(run: Path, as_json: bool) -> None:
     From Slurm's accounting where it has the jobs, otherwise from the run directory's files. `lost` is the time after an
     attempt's last finished step, and in steps that were made again.
     """
-    usage, problem = usage_of(run, None if shutil.which("sbatch") is None else connect())
+    usage, problem = usage_of(run, client_here())
     price = _price()
     cost = None
     if price is not None:

@@ -24,7 +24,7 @@ from slurmkit.doctor.finding import Finding, Subject, ask
 from slurmkit.doctor.machine import judge_skew
 from slurmkit.doctor.queue import controller
 from slurmkit.errors import Failure, UserError
-from slurmkit.slurm.command import submission_environment
+from slurmkit.slurm.command import natural_order, submission_environment
 
 # What a job asks for and srun knows too; the rest of sbatch's options is about the script or the queue.
 _ASKED = frozenset(
@@ -125,7 +125,7 @@ def _together(heard: _Heard) -> Reports:
             else one
             for one in heard.findings[name]
         ]
-        for name in sorted(heard.findings, key=_natural)
+        for name in sorted(heard.findings, key=natural_order)
     }
 
 
@@ -173,7 +173,7 @@ def _converse(
             _explain(step.poll(), heard.said, nodes, wait)
         hear(_HELLO, lambda: len(heard.hello) == nodes or any("Exited with" in line for line in heard.said))
         hear(_LATE, lambda: len(heard.hello) == nodes)
-        tell(f"{len(heard.hello)} of {nodes} nodes answer: {', '.join(sorted(heard.hello, key=_natural))}")
+        tell(f"{len(heard.hello)} of {nodes} nodes answer: {', '.join(sorted(heard.hello, key=natural_order))}")
         heard.asked = time.time()
         with suppress(BrokenPipeError):
             step.stdin.write(json.dumps(heard.hello) + "\n")
@@ -223,7 +223,3 @@ def _folder(results: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slurmkit.errors import Failure, UserError
-from slurmkit.run.directory import read_json, write_beside
+from slurmkit.run.directory import read_json, write_json
 from slurmkit.run.state import Queue, RunState, read_states, supervisor
 from slurmkit.run.verify import run_dir_in
 from slurmkit.slurm.client import SlurmClient
@@ -71,7 +70,7 @@ def _end_job(client: SlurmClient, job_id: str, state: RunState) -> None:
         # Nobody else will write it. Should it have begun at this very moment, its own record is the later one.
         folder.mkdir(parents=True)
         record = {"code": 143, "reason": "cancelled before it began", "ended": time.time(), "bad_nodes": []}
-        write_beside(folder / "end.json", json.dumps({**record, "goes_on": False, "cancelled": True}) + "\n")
+        write_json(folder / "end.json", {**record, "goes_on": False, "cancelled": True})
 
 
 def _end_local(state: RunState, told: list[str]) -> None:

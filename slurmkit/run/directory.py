@@ -103,6 +103,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write what `read_json` reads."""
+    write_beside(path, json.dumps(record) + "\n")
+
+
 class RunDirectory:
     """One run's folder. `prepare` makes it, `undo` takes back what a refused submission made."""
 

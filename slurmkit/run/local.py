@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from slurmkit.errors import INTERRUPTED, UserError
 from slurmkit.job.settle import Settled
-from slurmkit.run.directory import RunDirectory, write_beside
+from slurmkit.run.directory import RunDirectory, write_json
 from slurmkit.run.leftovers import Leftovers, end, own_mark
 
 # Seconds between two looks at the driver.
@@ -53,7 +52,7 @@ def run_here(
         directory.add_attempt(settled.identity, {"local": attempt.name})
         # Somebody asked for each one anew: none is a follow-up of the one before it.
         start = {"local": attempt.name, "attempt": 1, "pid": os.getpid(), "nodes": socket.gethostname()}
-        _write(attempt / "start.json", {**start, "started": int(time.time()), "previous": None})
+        write_json(attempt / "start.json", {**start, "started": int(time.time()), "previous": None})
         _link_latest(attempt)
         asked: list[int] = []  # the signals that came
         code = 1
@@ -64,7 +63,7 @@ def run_here(
         finally:
             cancelled = bool(asked) and code not in (0, INTERRUPTED)
             facts = {"code": code, "reason": _reason(code, cancelled), "ended": int(time.time())}
-            _write(attempt / "end.json", {**facts, "bad_nodes": [], "goes_on": False, "cancelled": cancelled})
+            write_json(attempt / "end.json", {**facts, "bad_nodes": [], "goes_on": False, "cancelled": cancelled})
         return code
 
 
@@ -139,10 +138,6 @@ def _farewell(number: int, config: str | None, grace: float) -> str:
     does = "to leave" if config is None else "to finish or drop its step, save and leave"
     again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
     return f"interrupted: the command is asked {does}, and has {grace / 60:g} min for it{again}"
-
-
-def _write(path: Path, facts: Mapping[str, object]) -> None:
-    write_beside(path, json.dumps(facts) + "\n")
 
 
 def _link_latest(attempt: Path) -> None:

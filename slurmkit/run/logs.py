@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from slurmkit.errors import Failure, UserError
 from slurmkit.run.attempts import Attempt, RunFiles
 from slurmkit.run.state import Queue, RunState, read_states
+from slurmkit.slurm.command import natural_order
 
 # Bytes at a time, and how long a line may grow before it is shown in parts.
 _BLOCK = 1 << 20
@@ -253,7 +253,7 @@ def _node_logs(attempt: Attempt | None) -> dict[str, Path]:
     """By the nodes' names, node2 before node10."""
     paths = attempt.folder.glob("node-*.log") if attempt is not None else ()
     found = {path.stem.removeprefix("node-"): path for path in paths}
-    return {name: found[name] for name in sorted(found, key=_natural)}
+    return {name: found[name] for name in sorted(found, key=natural_order)}
 
 
 def _words_for(attempt: Attempt, position: int) -> str:
@@ -272,7 +272,3 @@ def _end_of(attempt: Attempt, position: int) -> str:
 def _in_words(state: RunState) -> str:
     code = f", exit code {state.code}" if state.is_final else ""
     return f"{state.name} is {state.state}{code}{f': {state.reason}' if state.reason else ''}"
-
-
-def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -56,6 +56,11 @@ def has_pyxis() -> bool:
     return b"--container-image" in _run("srun", "--help").stdout
 
 
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts node2 before node10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
 def hostnames(nodes: str) -> list[str]:
     """The names in Slurm's text for several nodes, such as node[1-2]; no question to the controller."""
     return _decoded(_run("scontrol", "show", "hostnames", nodes).stdout).split()
