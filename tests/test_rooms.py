@@ -41,6 +41,9 @@ def test_a_file_imports_only_what_its_room_may_know(path: Path) -> None:
         assert not rooms & TRAINER
     if room in TRAINER:
         assert not rooms & {"cli", "job", "slurm", "run"}, "the trainer knows nothing of Slurm"
+    if room == "keeper":
+        assert {name.partition(".")[0] for name in names} - {"slurmkit"} <= sys.stdlib_module_names
+        assert rooms <= {"keeper"}, "it runs where slurmkit is not installed"
     if room == "report":
         assert not rooms - {"report", "errors"}, "a report reads the run directory's files and nothing else"
 

@@ -1,0 +1,99 @@
+"""The next attempt: it waits in the queue from this one's start, and goes on where this one ends."""
+
+import os
+import re
+import subprocess
+import threading
+import time
+from typing import List, Optional
+
+from slurmkit.keeper.meeting import Meeting, ask, tell, text_of, write
+
+# Seconds for which an ended attempt waits for a slurmctld that has not yet taken its follow-up.
+PATIENCE = 300.0
+
+
+class FollowUp:
+    """The next attempt: it waits in the queue from this one's start, and goes on where this one ends."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._meeting = meeting
+        self._script = os.path.join(meeting.run, "job.sbatch")
+        self._job = os.environ["SLURM_JOB_ID"]
+        self._is_wanted = True
+        self._thread = threading.Thread(target=self._queue, daemon=True)
+        self._thread.start()
+
+    @property
+    def job(self) -> str:
+        """Its id, "" until it is in the queue."""
+        return text_of(os.path.join(self._meeting.folder, "next"))
+
+    def _queue(self) -> None:
+        # In the environment in which this job was submitted, its secrets included: the batch script began with it.
+        kept = re.compile("SLURM_(CONF|CONF_SERVER|JWT|CLUSTERS)$")
+        dropped = ("SLURM", "SBATCH_", "SK_")
+        with open(f"/proc/{os.getppid()}/environ", "rb") as file:
+            pairs = [entry.partition(b"=")[::2] for entry in file.read().split(b"\0") if entry]
+        given = {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}
+        environment = {name: value for name, value in given.items() if kept.match(name) or not name.startswith(dropped)}
+        environment["SK_PREVIOUS"] = self._job
+        command = ["timeout", "120", "sbatch", "--parsable", "--dependency=afterany:" + self._job]
+        command += ["--kill-on-invalid-dep=yes", self._script]
+        pause = 5.0
+        while self._is_wanted:
+            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            answer = done.stdout.decode(errors="replace").strip().partition(";")[0]
+            job = answer if done.returncode == 0 else self._found(pause)
+            if job:
+                write(os.path.join(self._meeting.folder, "next"), job)
+                return
+            pause = min(60.0, pause * 2)
+
+    def _found(self, pause: float) -> str:
+        """The job that a try has registered whose answer was lost: looked for twice, as it may be on its way."""
+        looks = 0
+        while self._is_wanted and looks < 2:
+            time.sleep(pause if looks == 0 else 3.0)
+            job = self.waiting()
+            if job:
+                return job
+            looks += job is not None  # no answer is no look
+        return ""
+
+    def waiting(self) -> Optional[str]:
+        """The follow-up that is in the queue, "" where there is none; None where Slurm gives no answer."""
+        queue = ask("squeue", "-h", "-u", str(os.getuid()), "-t", "PD", "-o", "%i|%E|%o")
+        if queue is None:
+            return None
+        for line in queue.splitlines():
+            job, on, script = [*line.split("|", 2), "", ""][:3]
+            if re.match(rf"afterany:{self._job}(\D|$)", on) and script == self._script:
+                return job
+        return ""
+
+    def await_registration(self) -> bool:
+        """Whether it is in the queue, after some patience with a slurmctld that is away."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.job and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(self.job)
+
+    def leave_out(self, nodes: List[str], excluded: str) -> None:
+        """Where the job fits elsewhere, the next attempt runs without these nodes; the one after may use them again."""
+        names = ",".join(nodes)
+        every = ",".join(filter(None, [excluded, names]))
+        fits = ask("sbatch", "--test-only", "--exclude=" + every, self._script) is not None
+        if fits and ask("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + every) is not None:
+            tell("and without " + names)
+        else:
+            tell(f"{names} may be used again: without, the job would fit nowhere")
+
+    def cancel(self) -> None:
+        """It would find nothing to do."""
+        self._is_wanted = False
+        job = self.job or self.waiting() or ""
+        if job and ask("scancel", job) is not None:
+            tell(f"the follow-up, job {job}, is cancelled")
+            if self.job:
+                os.remove(os.path.join(self._meeting.folder, "next"))

@@ -1,0 +1,140 @@
+"""On every node: its sign of life, its stacks, and what was killed for memory."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from contextlib import suppress
+from typing import Any, Iterator, Tuple
+
+from slurmkit.keeper.meeting import BEAT, Meeting, size_of, text_of, write
+
+
+class Node:
+    """One node's part. It ends with the shell that started it, or when that tells it to leave (HUP)."""
+
+    def __init__(self, meeting: Meeting, root: str = "/sys/fs/cgroup") -> None:
+        self._meeting = meeting
+        self._root = root
+        self._name = os.environ["SLURMD_NODENAME"]
+        self._rank = int(os.environ["SLURM_NODEID"])
+        self._scratch = "/tmp/sk-" + meeting.attempt
+        self._kills = self.killed_for_memory()
+        self._is_leaving = False
+        self._has_stacks = False
+        signal.signal(signal.SIGHUP, self._leave)
+
+    def _leave(self, *_: Any) -> None:
+        self._is_leaving = True
+
+    def run(self) -> None:
+        """Beat until the node's shell leaves."""
+        shell, beat, due = os.getppid(), 0, 0.0
+        if "SLURM_ARRAY_JOB_ID" not in os.environ:  # whose tasks share a run directory
+            self.remove_leftovers()
+        while not self._is_leaving and os.getppid() == shell:
+            if time.monotonic() >= due:
+                beat, due = beat + 1, time.monotonic() + BEAT
+                self._meeting.publish(f"alive.{self._rank}", f"{self._name} {beat}")
+            if self._meeting.has("stacks") and not self._has_stacks:
+                self._has_stacks = True
+                self.write_stacks()
+            time.sleep(0.2)
+        if self._is_leaving:
+            for text in self.memory_reports():
+                self._meeting.publish("killed." + self._name, text)
+
+    def remove_leftovers(self) -> None:
+        """What attempts of this run left here that were killed hard."""
+        for name in os.listdir(os.path.dirname(self._meeting.folder)):
+            if re.match(r"\d+\.\d+$", name) and name != self._meeting.attempt:
+                shutil.rmtree("/tmp/sk-" + name, ignore_errors=True)
+
+    def memory_reports(self) -> Iterator[str]:
+        """What Ray, and then the kernel, killed for memory since this began."""
+        logs = os.path.join(self._scratch, "r/session_latest/logs")
+        for name in ("raylet.out", "raylet.err"):
+            found = re.search("Memory on the node .* limit", text_of(os.path.join(logs, name)))
+            if found:
+                yield "Ray killed a worker for memory: " + found.group()
+                break
+        if self.killed_for_memory() > self._kills:
+            limit, peak = self._limit_and_peak()
+            text = "a process was killed for memory: limit {} MiB, peak {} MiB"
+            yield text.format(limit >> 20, peak >> 20)
+
+    def _groups(self) -> Iterator[str]:
+        """This process's memory cgroup and those above it, of version 1 or 2."""
+        for line in text_of("/proc/self/cgroup").splitlines():
+            _, controllers, path = line.split(":", 2)
+            root = os.path.join(self._root, "memory") if controllers == "memory" else self._root
+            if controllers in ("memory", "") and size_of(os.path.join(root + path, "cgroup.procs")) >= 0:
+                yield root + path
+                while path != "/":
+                    path = os.path.dirname(path)
+                    yield root + path
+
+    def killed_for_memory(self) -> int:
+        """Processes that the kernel has killed in this process's cgroup."""
+        for group in self._groups():
+            for name in ("memory.oom_control", "memory.events"):
+                found = re.search(r"^oom_kill (\d+)", text_of(os.path.join(group, name)), re.MULTILINE)
+                if found:
+                    return int(found.group(1))
+        return 0
+
+    def _limit_and_peak(self) -> Tuple[int, int]:
+        """Bytes, of the lowest cgroup with a limit: the step's or the job's."""
+        for group in self._groups():
+            for limit, peak in (("limit_in_bytes", "max_usage_in_bytes"), ("max", "peak")):
+                value = text_of(os.path.join(group, "memory." + limit))
+                if value.isdigit() and int(value) < 1 << 60:
+                    return int(value), int(text_of(os.path.join(group, "memory." + peak)) or 0)
+        return 0, 0
+
+    def write_stacks(self) -> None:
+        """The stacks of all Python processes of the job: SIGABRT makes Python write them, which needs no GIL."""
+        found = {pid: where for pid, where in _processes() if self._is_ours(where)}
+        # Ray's own stay as they are from here on, or they would end what has not yet written its stacks.
+        _signal_all(found, signal.SIGSTOP)
+        pythons = {pid: where for pid, where in found.items() if _is_python(pid)}
+        sizes = {pid: size_of(where) for pid, where in pythons.items()}
+        _signal_all(pythons, signal.SIGABRT)
+        _signal_all(pythons, signal.SIGCONT)
+        time.sleep(2.0)
+        for pid, where in pythons.items():
+            with open(where, "rb") as log:
+                log.seek(max(0, sizes[pid]))
+                text = log.read().decode(errors="replace").rstrip("\n")
+            write(os.path.join(self._meeting.folder, f"stacks-{self._name}-{pid}.txt"), text)
+        self._meeting.publish(f"stacks.{self._rank}")
+
+    def _is_ours(self, where: str) -> bool:
+        """Ray's workers overwrite their environment with their title: their messages go to the job's own files."""
+        if where.startswith(self._scratch + "/"):
+            return True
+        try:
+            return os.path.samefile(where, os.path.join(self._meeting.folder, "driver.log"))
+        except OSError:
+            return False
+
+
+def _processes() -> Iterator[Tuple[int, str]]:
+    """All on this node that this user may look at, each with the file that its messages go to."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended, or is somebody else's
+            yield int(name), os.readlink(f"/proc/{name}/fd/2")
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return re.search(r"/python[0-9.]*$", os.readlink(f"/proc/{pid}/exe")) is not None
+    except OSError:
+        return False
+
+
+def _signal_all(pids: Any, number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -1,0 +1,165 @@
+"""Beside the batch script: the whole job, from its first node."""
+
+import os
+import signal
+import time
+from typing import Any, Dict, List, Optional, Tuple
+
+from slurmkit.keeper.chain import Chain, Limits
+from slurmkit.keeper.follow_up import FollowUp
+from slurmkit.keeper.judge import judge, last_lines, may_go_on, why_slurm_ends_it
+from slurmkit.keeper.meeting import BEAT, Meeting, ask, size_of, tell
+
+# Looks without a new sign of life after which a node is lost: while Ray starts, in training, when the command has
+# ended. They are counted, and not seconds, as a file system that stands still for all is no sign of a dead node.
+STARTING, TRAINING, ENDING = 4, 10, 5
+# Seconds that nodes may take to leave, and to write their stacks.
+LEAVING, STACKS = 30.0, 20.0
+
+
+class Watch:
+    """The whole job, from its first node."""
+
+    def __init__(self, meeting: Meeting, limits: Limits, watchdog: Optional[float], excluded: str) -> None:
+        self._meeting = meeting
+        self._chain = Chain(meeting, limits, time.time())
+        self._watchdog = None if watchdog is None else watchdog * 60
+        self._excluded = excluded
+        self._nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        self._follow_up: Optional[FollowUp] = None
+        if limits.until_done and not self._chain.end(self._chain.number, 0, time.time()):
+            self._follow_up = FollowUp(meeting)
+        self._why = ""
+        self._is_cancelled = False
+        self._looked = time.monotonic()
+        self._beats: Dict[str, Tuple[str, int]] = {}
+        self._progress: Optional[List[int]] = None
+        self._progressed = time.monotonic()
+        self._leaving: Optional[float] = None
+
+    def until_over(self) -> int:
+        """Watch until the batch script says that the nodes have left; the job's exit code."""
+        batch = os.getppid()
+        while not self._meeting.has("over"):
+            if os.getppid() != batch:  # it was killed hard
+                return 1
+            self.look()
+            time.sleep(0.2)
+        if self._meeting.has("signal.TERM"):
+            self._ask_slurm()
+        return self._conclude()
+
+    def look(self) -> None:
+        """Once at everything."""
+        if self._meeting.has("signal.TERM"):
+            self._ask_slurm()
+        if time.monotonic() >= self._looked + BEAT:
+            self._looked = time.monotonic()
+            self._look_at_nodes()
+            self._look_at_progress()
+        self._end_step()
+
+    def _look_at_nodes(self) -> None:
+        looks = TRAINING if self._meeting.has("started") else STARTING
+        if self._meeting.has("exit_code") or self._meeting.of("failed"):
+            looks = ENDING
+        left = self._meeting.of("left")
+        for rank, text in self._meeting.of("alive").items():
+            name, _, beat = text.partition(" ")
+            last, missed = self._beats.get(rank, ("", 0))
+            missed = missed + 1 if beat == last else 0
+            self._beats[rank] = beat, missed
+            if missed >= looks and rank not in left and not self._meeting.has("lost." + rank):
+                self._lose(rank, name, f"no sign of life for {looks * BEAT:g} s")
+
+    def _lose(self, rank: str, name: str, reason: str) -> None:
+        self._meeting.publish("lost." + rank, name)
+        self._meeting.publish("bad." + name, reason)
+        self._meeting.publish("failed." + name, reason)
+
+    def _look_at_progress(self) -> None:
+        if self._watchdog is None or not self._meeting.has("started") or self._leaving is not None:
+            return
+        paths = [os.path.join(self._meeting.folder, "driver.log"), os.path.join(self._meeting.run, "metrics.jsonl")]
+        sizes = [size_of(path) for path in paths]
+        if sizes != self._progress:
+            self._progress, self._progressed = sizes, time.monotonic()
+        if time.monotonic() < self._progressed + self._watchdog:
+            return
+        self._meeting.publish("stacks")
+        deadline = time.monotonic() + STACKS
+        while len(self._meeting.of("stacks")) < self._nodes and time.monotonic() < deadline:
+            time.sleep(0.2)
+        text = f"no progress for {self._watchdog:g} s, as driver.log and metrics.jsonl say"
+        self._meeting.publish("failed.watchdog", f"{text}; see {self._meeting.folder}/stacks-*")
+
+    def _ask_slurm(self) -> None:
+        """Why it ends this job, and whether the command may save first."""
+        os.remove(os.path.join(self._meeting.meet, "signal.TERM"))
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = "{}_{}".format(array, os.environ["SLURM_ARRAY_TASK_ID"]) if array else os.environ["SLURM_JOB_ID"]
+        fields = ["-h", "-t", "all", "-O", "State:30,Reason:50,PreemptTime:30", "-j", job]
+        state, reason, preempted = [*(ask("squeue", *fields, timeout=5) or "").split(), "", "", ""][:3]
+        self._why, self._is_cancelled = why_slurm_ends_it(state, reason, preempted)
+        if reason == "NodeDown" or state == "NODE_FAIL":
+            self._find_down()
+        if self._meeting.of("failed"):
+            return  # the nodes leave already
+        if self._is_cancelled or not self._meeting.has("started"):
+            self._meeting.publish("failed.slurm", self._why)
+        elif not self._meeting.has("sent.USR2"):
+            self._meeting.publish("signal.USR2")
+
+    def _find_down(self) -> None:
+        ranks = {text.partition(" ")[0]: rank for rank, text in self._meeting.of("alive").items()}
+        down = ask("sinfo", "-h", "-N", "-t", "down", "-n", os.environ["SLURM_JOB_NODELIST"], "-o", "%N", timeout=5)
+        for name in sorted(set((down or "").split())):
+            self._lose(ranks.get(name, name), name, "Slurm says that it is down")
+
+    def _end_step(self) -> None:
+        """End an srun that would wait for a lost node until Slurm gives that up, when all others have left."""
+        if self._leaving is None and (self._meeting.has("exit_code") or self._meeting.of("failed")):
+            self._leaving = time.monotonic() + LEAVING
+        if self._leaving is None:
+            return
+        lost = len(self._meeting.of("lost"))
+        has_left = lost > 0 and len(self._meeting.of("left")) >= self._nodes - lost
+        if (has_left or time.monotonic() > self._leaving) and self._meeting.has("srun"):
+            os.kill(int(self._meeting.text("srun")), signal.SIGKILL)
+            self._leaving = time.monotonic() + LEAVING
+
+    def _conclude(self) -> int:
+        """Say what ended the attempt, record it, and let the run go on, or not."""
+        verdict = judge(self._meeting, self._why, self._is_cancelled)
+        for text, log in verdict.said:
+            tell(text + (f"; the end of {os.path.join(self._meeting.folder, log)}:" if log else ""))
+            if log:
+                print("\n".join(last_lines(os.path.join(self._meeting.folder, log), 30)), flush=True)
+        end: Dict[str, Any] = {
+            "code": verdict.code,
+            "reason": verdict.reason,
+            "ended": int(time.time()),
+            "bad_nodes": verdict.bad_nodes,
+        }
+        end.update(goes_on=False, cancelled=self._is_cancelled)
+        goes_on = False
+        if self._chain.limits.until_done and may_go_on(verdict.code) and not self._is_cancelled:
+            stop = self._chain.end_after(verdict.code, time.time())
+            goes_on = self._follow_up is not None and not stop
+            if goes_on:  # for whoever looks, and for the follow-up, should Slurm kill this job while it waits
+                self._meeting.record("end.json", dict(end, goes_on=True))
+                goes_on = self._follow_up is not None and self._follow_up.await_registration()
+                stop = "" if goes_on else "Slurm gives no answer, and no follow-up could be queued"
+            if stop:
+                end["reason"] += "; " + stop
+                tell(stop)
+        self._meeting.record("end.json", dict(end, goes_on=goes_on))
+        if self._follow_up is not None:
+            if goes_on:
+                tell(f"job {self._follow_up.job} goes on with this run")
+                if verdict.bad_nodes:
+                    self._follow_up.leave_out(verdict.bad_nodes, self._excluded)
+            else:
+                self._follow_up.cancel()
+        self._meeting.publish("code", str(verdict.code))
+        return verdict.code
