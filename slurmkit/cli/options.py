@@ -28,6 +28,9 @@ _SLURM = [
     click.option("--constraint", "-C", help="Node features."),
     click.option("--exclusive", is_flag=True, default=None, help="Whole nodes."),
     click.option("--comment", help="A comment that Slurm stores with the job."),
+    click.option("--until-done", is_flag=True, default=None, help="Go on in follow-up jobs until the run is complete."),
+    click.option("--max-attempts", type=int, help="Attempts of --until-done in all.  [default: 20]"),
+    click.option("--max-hours", type=float, help="Hours after which --until-done begins no other attempt."),
 ]
 _COMMON = [
     click.option("--config", "-c", type=_PATH, help="Training configuration for slurmkit's own trainer."),
@@ -75,6 +78,9 @@ def request_from(context: click.Context, words: tuple[str, ...], options: dict[s
         raise UserError(f"one run file at most, not {' and '.join(run_files)}; a command goes after --")
     elsewhere = ("config", "env", "keys", "profile", "resume")
     flags = {name: value for name, value in options.items() if value is not None and name not in elsewhere}
+    for name, key in (("until_done", "enabled"), ("max_attempts", "max_attempts"), ("max_hours", "max_hours")):
+        if name in flags:
+            flags[f"until_done.{key}"] = flags.pop(name)
     if "results_dir" in flags:
         flags["results_dir"] = str(flags["results_dir"].absolute())
     for name, text in _pairs("--env", options["env"]):

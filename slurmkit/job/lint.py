@@ -61,6 +61,10 @@ def specs(known: list[str]) -> dict[str, JobSpec]:
         "setup and epilogue": {"prologue": ["ulimit -l unlimited"], "setup": ["true"], "epilogue": ["date", "false"]},
         "ray": {"ray": {"num_cpus": 4, "object_store_memory": 10**9, "start_timeout": 60}},
         "signal and requeue": {"signal": "B:USR2@300", "requeue": False, "sbatch": {"licenses": "a:1", "hold": True}},
+        "until done": {
+            **{"until_done": {"enabled": True, "max_hours": 48.5}, "watchdog": 60, "time": "4:00:00", "nodes": 2},
+            "config": "grpo: {seed: 1}\n",
+        },
         "secrets": {"secrets": {name: {"env": name} for name in ("HF_TOKEN", "WANDB_API_KEY")}},
         **{f"GRES: {form}": keys for form, keys in _GRES.items()},
     }

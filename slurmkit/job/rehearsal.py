@@ -20,6 +20,7 @@ from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from slurmkit.job.keeper_file import keeper_text, name_of_keeper
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.trace import Traced
 
@@ -49,6 +50,9 @@ trap 'exit 0' USR2
 touch "$CHECK/started"
 case $CHECK_COMMAND in stay) while :; do sleep 0.05; done ;; *) exit "$CHECK_COMMAND" ;; esac
 """,
+    "squeue": """#!/bin/bash
+echo "$CHECK_SLURM"
+""",
 }
 # Read by the batch shell alone, before the script: says after which line the safety of a shell's options was gone.
 _LOOK = """unset BASH_ENV
@@ -62,7 +66,7 @@ look() {  # LINE
 }
 trap 'look $LINENO' DEBUG
 """
-_NOTHING = ("scontrol", "squeue", "sinfo", "sacct", "scancel", "sbcast", "sstat")
+_NOTHING = ("scontrol", "sinfo", "sacct", "scancel", "sbcast", "sstat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +89,20 @@ class _Act:
     command: str = "0"
     raylet: str = "600"
     send: int | None = None
+    slurm: str = "COMPLETING None N/A"  # what squeue says of a signal: state, reason, time of preemption
     keys: tuple[tuple[str, Any], ...] = ()
+    has_keeper: bool = True
 
 
 ACTS = (
     _Act("the command succeeds", 0),
     _Act("the command fails with exit code 7", 7, command="7"),
+    _Act("the command fails with exit code 7, without the keeper", 7, command="7", has_keeper=False),
     _Act("a node's Ray dies", 75, command="stay", raylet="1"),
     _Act("a line of setup fails on a node", 75, keys=(("setup", ["false", "true"]),)),
     _Act("Slurm cancels the job", 143, command="stay", send=signal.SIGTERM),
+    _Act("Slurm cancels the job without the keeper", 143, command="stay", send=signal.SIGTERM, has_keeper=False),
+    _Act("the time limit is reached", 0, command="stay", send=signal.SIGTERM, slurm="COMPLETING TimeLimit N/A"),
     _Act("Slurm sends USR2 for the command", 0, command="stay", send=signal.SIGUSR2),
 )
 _ENDING = ("launch", "epilogue", "bring_up", "modules")
@@ -119,6 +128,8 @@ def _run(act: _Act, folder: Path, rendered: Callable[[JobSpec], Traced]) -> Iter
     run_dir = folder / "run"
     (run_dir / "attempts").mkdir(parents=True)
     spec = _spec(folder, run_dir, dict(act.keys))
+    if act.has_keeper:
+        (run_dir / name_of_keeper()).write_text(keeper_text())
     script = run_dir / "job.sbatch"
     traced = rendered(spec)
     script.write_text(traced.script)
@@ -128,6 +139,7 @@ def _run(act: _Act, folder: Path, rendered: Callable[[JobSpec], Traced]) -> Iter
         **{"PATH": f"{bin_}:{os.environ.get('PATH', '/usr/bin:/bin')}", "BASH_ENV": str(folder.parent / "look")},
         **{"SLURM_JOB_ID": job_id, "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node1"},
         **{"CHECK": str(folder), "CHECK_COMMAND": act.command, "CHECK_RAYLET": act.raylet},
+        **{"CHECK_SLURM": act.slurm},
         **{"HF_TOKEN": _CANARY, "CHECK_SECRET": _CANARY},
     }
     # As for a batch job, the output is opened before the script sets its umask.
@@ -223,8 +235,9 @@ def _faults(
     files = [path for path in sorted(run_dir.rglob("*")) if path.is_file() and not path.is_symlink()]
     for name in sorted({path.name for path in files if _CANARY in path.read_text(errors="replace")}):
         yield (), f"the environment, secrets included, is written to {name}"
-    # The output and the script are slurmd's and slurmkit's to open.
-    modes = [path.stat().st_mode for path in files if path.name not in ("slurm.out", "job.sbatch")]
+    # The output is slurmd's to open, and the rest slurmkit's.
+    laid_out = ("job.sbatch", name_of_keeper())
+    modes = [path.stat().st_mode for path in files if path.name not in ("slurm.out", *laid_out)]
     if any(stat.S_IMODE(mode) & 0o007 for mode in modes):
         yield ("command", "preflight"), "what the job writes can be read by everybody: umask"
 

@@ -22,6 +22,7 @@ from slurmkit import __version__
 from slurmkit.errors import UserError
 from slurmkit.job import sandbox
 from slurmkit.job.compiled import CompiledTemplates
+from slurmkit.job.keeper_file import digest_of_keeper, name_of_keeper
 from slurmkit.job.sandbox import Folder, Sandbox, bounded, quote
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.values import shell_word
@@ -46,6 +47,8 @@ def render(spec: JobSpec, folders: tuple[Path, ...] = (), kind: Callable[..., Sa
         try:
             return environment.get_template("job.sbatch.j2").render(
                 spec=spec,
+                keeper=f"{spec.run_dir}/{name_of_keeper()}",
+                keeper_sha256=digest_of_keeper(),
                 version=__version__,
                 spec_digest=digest_of_spec(spec),
                 templates_digest=digest_of_templates(folders),

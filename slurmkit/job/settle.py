@@ -121,7 +121,12 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         from slurmkit.job.training import settle_training
 
         train, config_origins = settle_training(config, overrides, source, request, directory)
+        if "watchdog" not in source.data:
+            put(source, ("watchdog",), 60, "default of a training configuration")
     spec = validate(JobSpec, source)
+    if spec.signal is None and spec.default_signal is not None:
+        put(source, ("signal",), spec.default_signal, "until_done and time")
+        spec = validate(JobSpec, source)
     if site is not None:
         _refuse(site.refusals(spec, source))
     in_layers = [None if site is None else site.path, *(layer.path for layer in layers)]

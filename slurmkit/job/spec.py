@@ -61,6 +61,26 @@ class RayOptions(Section):
     """Seconds from the job's start until every node must be registered."""
 
 
+class UntilDone(Section):
+    """Whether a run goes on in a follow-up job after a time limit, a preemption or a failed node, and how often."""
+
+    enabled: bool = False
+    """Queue a follow-up when the job starts; it goes on where the job ends before the run is complete."""
+
+    max_attempts: Annotated[int, Field(ge=1)] | None = 20
+    """Attempts in all."""
+
+    max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Hours since the first attempt's start after which no other begins."""
+
+    @model_validator(mode="after")
+    def _limits_need_it(self) -> UntilDone:
+        for key in ("max_attempts", "max_hours"):
+            if key in self.model_fields_set and not self.enabled:
+                raise ValueError(f"{key} limits the attempts of a run that goes on: add --until-done (enabled: true)")
+        return self
+
+
 class JobSpec(Section):
     """Everything that a rendered script depends on. Two equal specs render to the same bytes."""
 
@@ -116,6 +136,11 @@ class JobSpec(Section):
     """A signal before the time limit, such as B:USR2@300; the command receives it."""
     requeue: bool | None = None
     """Whether Slurm may put the job back into the queue; by default the cluster decides."""
+    until_done: UntilDone = UntilDone()
+    """Go on in follow-up jobs until the run is complete."""
+    watchdog: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Minutes without a new line in the command's log or in metrics.jsonl after which the job writes all stacks and
+    ends; by default 60 for a training configuration, and null is never."""
     mail_type: Line | None = None
     """Events that send mail: END,FAIL."""
     mail_user: Line | None = None
@@ -173,6 +198,9 @@ class JobSpec(Section):
                 f"array ({self.array}) would have all its jobs train in one run directory: submit one job per run, "
                 "each with its own --name"
             )
+        if self.until_done.enabled and (self.array is not None or self.requeue):
+            key = "array" if self.array is not None else "requeue"
+            raise ValueError(f"until_done and {key} exclude each other: a run that goes on is one job after another")
         return self
 
     @model_validator(mode="after")
@@ -192,7 +220,7 @@ class JobSpec(Section):
         """sbatch's options in the order in which they are rendered; None marks an option without a value."""
         for key in DIRECTIVES:
             value = getattr(self, key)
-            if key == "requeue" and value is False:
+            if key == "requeue" and (value is False or self.until_done.enabled):
                 yield "no-requeue", None
             elif value is True:
                 yield key.replace("_", "-"), None
@@ -207,6 +235,27 @@ class JobSpec(Section):
         for option, value in sorted(self.sbatch.items()):
             if value is not False:
                 yield option, None if value is True else str(value)
+
+    @property
+    def default_signal(self) -> str | None:
+        """What Slurm sends before the time limit where the job names no signal: in time to save, and go on."""
+        if not self.until_done.enabled or self.time is None or not minutes_of(self.time):
+            return None
+        return f"B:USR2@{max(1, min(300, int(minutes_of(self.time) * 15)))}"
+
+    @property
+    def keeper_flags(self) -> list[str]:
+        """What slurmkit/keeper.py is told of this job."""
+        flags = {
+            "until-done": self.until_done.enabled,
+            "max-attempts": self.until_done.enabled and self.until_done.max_attempts,
+            "max-hours": self.until_done.max_hours,
+            "trains": self.config is not None,
+            "watchdog": self.watchdog,
+            "exclude": self.exclude,
+        }
+        given = {name: value for name, value in flags.items() if value}
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
     @property
     def total_gpus(self) -> int:
@@ -249,7 +298,10 @@ class JobSpec(Section):
         return jobs_in(self.array) * self.total_gpus * (minutes_of(self.time) or math.inf) / 60
 
 
-_NO_DIRECTIVES = "sbatch container ray env secrets umask prologue setup epilogue python workdir run_dir command config"
+_NO_DIRECTIVES = (
+    "until_done watchdog sbatch container ray env secrets umask prologue setup epilogue python workdir run_dir command "
+    "config"
+)
 DIRECTIVES = tuple(key for key in JobSpec.model_fields if key not in _NO_DIRECTIVES.split())
 OWN_OPTIONS = {key.replace("_", "-") for key in DIRECTIVES} | {
     "job-name",

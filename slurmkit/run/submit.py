@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slurmkit.errors import Failure, UserError
+from slurmkit.job.keeper_file import keeper_text, name_of_keeper
 from slurmkit.job.render import digest_of_spec
 from slurmkit.job.settle import Settled
 from slurmkit.run.directory import RunDirectory, jobs_of
@@ -63,7 +64,8 @@ def submit(
     directory = ready.directory
     os.umask(int(spec.umask, 8))  # sbatch hands it on, so that the job's own output is made with it, too
     known = jobs_of(directory.path)
-    directory.prepare({"job.sbatch": script} | ({} if spec.config is None else {"config.yaml": spec.config}))
+    files = {"job.sbatch": script, **keeper_for(script, directory.path)}
+    directory.prepare(files | ({} if spec.config is None else {"config.yaml": spec.config}))
     path = directory.path / "job.sbatch"
     try:
         job_id = _submit_once(client, path, ready.secrets, known, patience)
@@ -137,6 +139,10 @@ def check(settled: Settled, script: str, client: SlurmClient, patience: Patience
     found = look(settled)
     problems = [remark.text for remark in found if remark.is_problem]
     try:
+        keeper_for(script, directory.path)
+    except UserError as error:
+        problems.append(str(error))
+    try:
         _refuse_in_use(directory, settled, client, patience)
     except UserError as error:
         problems.append(str(error))
@@ -153,6 +159,22 @@ def check(settled: Settled, script: str, client: SlurmClient, patience: Patience
     if problems:
         raise UserError("\n".join(problems))
     return Ready(directory, tuple(remark.text for remark in found), estimate, secrets)
+
+
+def keeper_for(script: str, run_dir: Path) -> dict[str, str]:
+    """The keeper that a rendered file expects in its run directory, by name; none where a site's templates have none.
+
+    UserError where the file was rendered with the keeper of another slurmkit, which is not there.
+    """
+    expected = re.search(r"/(keeper-[0-9a-f]{12}\.py)", script)
+    if expected is None or (run_dir / expected[1]).exists():
+        return {}
+    if expected[1] != name_of_keeper():
+        raise UserError(
+            f"the file was rendered with another slurmkit's {expected[1]}, which watches over the job, and this one "
+            f"has {name_of_keeper()}: render it again, or put that file into {run_dir}"
+        )
+    return {expected[1]: keeper_text()}
 
 
 def _refuse_in_use(directory: RunDirectory, settled: Settled, client: SlurmClient, patience: Patience) -> None:

@@ -81,6 +81,11 @@ SPECS = {
         )
         for runtime in ("pyxis", "apptainer", "podman")
     },
+    "until done": settled(
+        until_done={"enabled": True},
+        container={"runtime": "podman", "image": "/images/rl.sqsh", "mounts": ["/data:/data:ro"]},
+        secrets={"HF_TOKEN": {"env": "HF_TOKEN"}, "WANDB_API_KEY": {"env": "WANDB_API_KEY"}},
+    ),
     "example": settle(
         Request(config=REPOSITORY / "examples/grpo_arithmetic.yaml", flags={"nodes": 8}), Path("/w")
     ).spec,
@@ -155,8 +160,11 @@ def test_a_percent_sign_in_the_run_directory_is_not_a_file_pattern() -> None:
 
 
 def settings_of(script: str) -> str:
-    """The part of a script that only assigns: what runs, where, and the environment."""
-    return script[script.index("command=(") : script.index("setup_node()")]
+    """The parts of a script that only assign: what runs, where, and the environment."""
+    return (
+        script[script.index("command=(") : script.index("# ---- this attempt's own")]
+        + script[script.index("# ---- environment") : script.index("setup_node()")]
+    )
 
 
 def run_settings(job: JobSpec, tail: str) -> bytes:
@@ -188,6 +196,31 @@ def test_a_broken_template_is_named_with_its_line(line: str, reason: str, tmp_pa
         render(spec(), (tmp_path,))
     assert f"{template}:2: the template cannot be rendered: " in str(caught.value)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "signal"),
+    [
+        ({"time": "4:00:00"}, "B:USR2@300"),
+        ({"time": "10"}, "B:USR2@150"),
+        ({"time": "4:00:00", "signal": "B:USR1@60"}, "B:USR1@60"),
+        ({}, None),
+        ({"time": "0"}, None),
+    ],
+)
+def test_a_run_that_goes_on_is_told_of_its_time_limit_and_never_requeued(
+    keys: dict[str, object], signal: str | None
+) -> None:
+    job = settle(Request(command=("true",), flags={"until_done.enabled": True, **keys}), Path("/w"), {}).spec
+    lines = directives(render(job))
+    assert [line for line in lines if line.startswith("signal")] == ([f"signal={signal}"] if signal else [])
+    assert "no-requeue" in lines
+    plain = settle(Request(command=("true",), flags={"time": "10"}), Path("/w"), {}).spec
+    assert not {"no-requeue", "signal=B:USR2@150"} & set(directives(render(plain)))
+
+
+def test_training_is_watched_unless_the_job_says_otherwise() -> None:
+    assert (settled().watchdog, settled(watchdog=None).watchdog, spec().watchdog) == (60, None, None)
 
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
@@ -239,6 +272,11 @@ def test_every_environment_value_arrives_as_typed(value: str) -> None:
         ({"run_dir": "/a\\b"}, "backslash"),
         ({"container": {"runtime": "Docker"}}, "should match pattern"),
         ({"ray": {"num_cpus": 0}}, "greater than or equal to 1"),
+        ({"until_done": {"max_attempts": 3}}, "add --until-done"),
+        ({"until_done": {"enabled": False, "max_hours": 2}}, "add --until-done"),
+        ({"until_done": {"enabled": True}, "array": "0-3"}, "until_done and array exclude each other"),
+        ({"until_done": {"enabled": True}, "requeue": True}, "until_done and requeue exclude each other"),
+        ({"watchdog": 0}, "greater than 0"),
     ],
 )
 def test_a_value_that_no_script_can_carry_is_refused(keys: dict[str, object], message: str) -> None:

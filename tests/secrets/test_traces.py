@@ -232,7 +232,7 @@ def test_a_job_that_slurm_gave_no_secret_ends_at_once_and_names_it(cluster: Clus
     (shared_path / "job.sbatch").write_text(script)
     answer = cluster.ask("sh", "-c", f"cd '{shared_path}' && sbatch --wait --parsable job.sbatch || true")
     output = (shared_path / f"results/x/slurm-{answer.split()[0]}.out").read_text()
-    assert output.startswith("slurmkit: the secret MY_TOKEN is not in this job's environment")
+    assert "\nslurmkit: the secret MY_TOKEN is not in this job's environment" in output
     assert not (shared_path / "started").exists()
 
 

@@ -277,8 +277,8 @@ def test_scancel_ends_everything_on_all_nodes(cluster: Cluster, shared_path: Pat
     wait_until(lambda: not is_active(cluster, job_id), "the job ends")
     assert left_on(cluster, "node1", job_id) + left_on(cluster, "node2", job_id) == []
     assert "sleep 300" not in cluster.on_node("node1", "ps", "-eo", "args").splitlines()
-    assert "ended by Slurm: cancelled" in (shared_path / f"results/x/slurm-{job_id}.out").read_text()
-    assert end_of(shared_path / "results/x") == (143, "ended by Slurm: cancelled", [], True)
+    assert "ended by Slurm: it was cancelled" in (shared_path / f"results/x/slurm-{job_id}.out").read_text()
+    assert end_of(shared_path / "results/x") == (143, "ended by Slurm: it was cancelled", [], True)
 
 
 def test_a_job_that_reaches_its_time_limit_says_so(cluster: Cluster, shared_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_job_that_reaches_its_time_limit_says_so(cluster: Cluster, shared_path
     wait_until((shared_path / "up").exists, "the driver starts")
     cluster.ask("scontrol", "update", f"JobId={job_id}", "EndTime=now+1")
     wait_until(lambda: not is_active(cluster, job_id), "the job ends", 120)
-    assert end_of(shared_path / "results/bash") == (143, "ended by Slurm: out of time", [], False)
+    assert end_of(shared_path / "results/bash") == (143, "ended by Slurm: it has reached its time limit", [], False)
 
 
 def test_an_interrupted_wait_leaves_the_job_running(cluster: Cluster, shared_path: Path) -> None:

@@ -14,7 +14,7 @@ from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
 
 EXTENDS = '{% extends "slurmkit/job.sbatch.j2" %}\n'
-BLOCKS = ("directives", "environment", "modules", "preflight", "bring_up", "command", "launch", "epilogue")
+BLOCKS = ("directives", "environment", "modules", "attempt", "preflight", "bring_up", "command", "launch", "epilogue")
 
 
 def spec(**keys: object) -> JobSpec:
