@@ -25,7 +25,7 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """The first signal asks the run to leave in order, a second one leaves at once with 128 + its number.
+    """The first signal asks the run to leave in order, a second one but USR2 leaves at once with 128 + its number.
 
     Until `attend`, Interrupted is raised where the program stands; from then on, only out of `unless`.
     """
@@ -51,6 +51,8 @@ class Interrupts:
 
     def _arrived(self, number: int, _: FrameType | None) -> None:
         if self._is_asked:
+            if number == signal.SIGUSR2:
+                return  # Slurm's own SIGTERM came first: it asks for the same
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)  # a third one does not even wait until Ray is down
             raise SystemExit(128 + number)
