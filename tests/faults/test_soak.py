@@ -1,0 +1,25 @@
+"""Some minutes of benchmarks/soak.py: a run that is killed again and again ends as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from parts import REPOSITORY, need_slurm
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
+    need_slurm()
+    figures = tmp_path / "figures.json"
+    soak = [sys.executable, REPOSITORY / "benchmarks/soak.py", "--minutes", "3", "--steps", "120", "--seed", "1"]
+    # timeout's SIGTERM lets it take its cluster down.
+    command = ["timeout", "540", *soak, "--json", figures]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(figures.read_text())
+    assert found["problems"] == []
+    assert found["summary"]["steps"] == 120
+    assert found["summary"]["attempts"] >= 2
