@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from typing import Any, Dict, List, Optional, Tuple
 
 from slurmkit.keeper.chain import Chain, Limits
@@ -125,7 +126,8 @@ class Watch:
         lost = len(self._meeting.of("lost"))
         has_left = lost > 0 and len(self._meeting.of("left")) >= self._nodes - lost
         if (has_left or time.monotonic() > self._leaving) and self._meeting.has("srun"):
-            os.kill(int(self._meeting.text("srun")), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(int(self._meeting.text("srun")), signal.SIGKILL)
             self._leaving = time.monotonic() + LEAVING
 
     def _conclude(self) -> int:
