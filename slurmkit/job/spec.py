@@ -75,8 +75,8 @@ class UntilDone(Section):
 
     @model_validator(mode="after")
     def _limits_need_it(self) -> UntilDone:
-        for key in ("max_attempts", "max_hours"):
-            if key in self.model_fields_set and not self.enabled:
+        for key, default in (("max_attempts", 20), ("max_hours", None)):  # a spec that was written out has both
+            if getattr(self, key) != default and not self.enabled:
                 raise ValueError(f"{key} limits the attempts of a run that goes on: add --until-done (enabled: true)")
         return self
 
