@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slurmkit.config.schema import ArithmeticEnv, FromScratch, TrainConfig
+from slurmkit.config.data import ArithmeticEnv
+from slurmkit.config.model import FromScratch
+from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.arithmetic import Arithmetic
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}

@@ -11,7 +11,12 @@ MAY_DIFFER = frozenset(
         *("cluster", "logger", "checkpointing"),
         *("grpo.max_num_steps", "grpo.max_num_epochs", "grpo.max_steps_without_signal", "grpo.max_val_samples"),
         *("grpo.val_period", "grpo.val_at_start", "grpo.val_at_end"),
-        *("policy.train_micro_batch_size", "policy.generation.max_batch_size", "env.timeout_seconds"),
+        *(
+            "policy.train_micro_batch_size",
+            "policy.sequence_packing",
+            "policy.generation.max_batch_size",
+            "env.timeout_seconds",
+        ),
     }
 )
 

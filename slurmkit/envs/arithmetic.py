@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 from random import Random
 
-from slurmkit.config.schema import ArithmeticEnv
+from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.environment import Message, Score, Task
 
 

@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from random import Random
 
-from slurmkit.config.schema import MathEnv
+from slurmkit.config.data import MathEnv
 from slurmkit.envs.environment import Message, Score, Task
 from slurmkit.envs.tasks import read_rows
 from slurmkit.errors import UserError

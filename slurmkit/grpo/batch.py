@@ -1,40 +1,47 @@
-"""From samples to what each rank trains on.
+"""From samples to what each rank trains on: packed without padding, alike in work, with the loss's denominators.
 
-Shapes: B sequences, T positions.
+Shapes: T positions of one micro-batch, its sequences lying end to end.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 
+from slurmkit.config.algorithm import LossFn
 from slurmkit.rollout.sample import Sample
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences of one forward and backward, padded on the right to the longest.
+    """Sequences of one forward and backward, end to end. All tensors are [T].
 
-    All tensors are [B, T]. `attended_BT` is 1 on tokens, 0 on padding; `mask_BT` is 1 where the loss counts.
+    `lengths` are the sequences', in order, T in all; `position_ids_T` starts at 0 in each. `mask_T` is true where the
+    loss counts; a sequence's first position never is. `weights_T` is what a token's loss is multiplied by before
+    everything is added up: the denominator of the whole optimiser step, over all micro-batches and ranks.
     """
 
-    token_ids_BT: torch.Tensor
-    attended_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    sampled_logprobs_BT: torch.Tensor
-    advantages_BT: torch.Tensor
+    token_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    lengths: tuple[int, ...]
+    mask_T: torch.Tensor
+    sampled_logprobs_T: torch.Tensor
+    advantages_T: torch.Tensor
+    weights_T: torch.Tensor
+    prev_logprobs_T: torch.Tensor | None = None
+    reference_logprobs_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """One optimiser step: the micro-batches of each rank, equally many, and the denominators over all of them.
+    """One optimiser step: the micro-batches of each data-parallel rank, equally many.
 
-    `num_valid_tokens` also counts the tokens of samples that were left out because their group carries no signal:
-    their part of the gradient is exactly 0, so leaving them out saves their forward pass and changes nothing else.
-    `num_trained_tokens` counts those that are in the micro-batches.
+    `num_valid_tokens` counts what the denominators count, samples that were left out included; `num_trained_tokens`
+    what is in the micro-batches.
     """
 
     ranks: tuple[tuple[MicroBatch, ...], ...]
@@ -43,48 +50,101 @@ class OptimizerStep:
 
 
 def optimizer_steps(
-    samples: Sequence[Sample], *, global_batch_size: int, micro_batch_size: int, num_ranks: int
+    samples: Sequence[Sample],
+    *,
+    global_batch_size: int,
+    micro_batch_tokens: int,
+    num_ranks: int,
+    loss_fn: LossFn,
 ) -> list[OptimizerStep]:
-    """Cut the samples of a step into optimiser steps, and each of those into micro-batches over ranks.
+    """Cut the samples of a step into optimiser steps, and each of those into micro-batches over `num_ranks`.
 
-    Samples whose advantage is 0 everywhere are counted and left out; an optimiser step without any other is too.
-    Ranks get sequences of like length, and equally many micro-batches: where there is nothing for one, a micro-batch
-    without a single trained token keeps its rank in step with the others.
+    Samples whose advantage is 0 everywhere are counted in the denominators and left out, as their part of the
+    gradient is exactly 0; an optimiser step without any other is, too.
     """
     steps = []
     for first in range(0, len(samples), global_batch_size):
         batch = samples[first : first + global_batch_size]
-        trained = sorted((sample for sample in batch if any(sample.advantage)), key=lambda s: len(s.token_ids))
+        weights = loss_weights(batch, loss_fn)
+        trained = [(sample, weight) for sample, weight in zip(batch, weights, strict=True) if sample.advantage.any()]
         if not trained:
             continue
-        shares = [trained[rank::num_ranks] for rank in range(num_ranks)]
-        count = math.ceil(len(shares[0]) / micro_batch_size)
         steps.append(
             OptimizerStep(
-                ranks=tuple(
-                    tuple(_micro_batch(share[i * micro_batch_size : (i + 1) * micro_batch_size]) for i in range(count))
-                    for share in shares
-                ),
+                ranks=_micro_batches(trained, micro_batch_tokens, num_ranks),
                 num_valid_tokens=sum(sample.num_trained_tokens for sample in batch),
-                num_trained_tokens=sum(sample.num_trained_tokens for sample in trained),
+                num_trained_tokens=sum(sample.num_trained_tokens for sample, _ in trained),
             )
         )
     return steps
 
 
-def _micro_batch(samples: Sequence[Sample]) -> MicroBatch:
-    if not samples:
-        nothing = torch.zeros(1, 2)
-        return MicroBatch(nothing.long(), torch.ones(1, 2).long(), nothing.long(), nothing, nothing)
-    width = max(len(sample.token_ids) for sample in samples)
+def loss_weights(samples: Sequence[Sample], loss_fn: LossFn) -> list[float]:
+    """What each sample's tokens weigh in the loss of the optimiser step that `samples` make up.
 
-    def padded(rows: list[tuple[int, ...]] | list[tuple[float, ...]], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype)
+    Alike for all tokens (DAPO, arXiv 2503.14476, equation 8), or alike for all episodes: 1 / (episodes × the episode's
+    tokens) (GRPO, arXiv 2402.03300, equation 3), or 1 / (episodes × a constant) (Dr. GRPO, arXiv 2503.20783, appendix).
+    An episode that became several samples counts once; one without a trained token does not count.
+    """
+    tokens: Counter[int] = Counter()
+    for sample in samples:
+        tokens[sample.rollout_id] += sample.num_trained_tokens
+    if loss_fn.token_level_loss:
+        return [1 / max(1, tokens.total())] * len(samples)
+    num_episodes = max(1, sum(count > 0 for count in tokens.values()))
+    return [1 / (num_episodes * (loss_fn.constant_length or max(1, tokens[sample.rollout_id]))) for sample in samples]
+
+
+def _micro_batches(
+    samples: Sequence[tuple[Sample, float]], max_tokens: int, num_ranks: int
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """Longest first to the rank with the least, then first fit; short ranks get micro-batches that train nothing."""
+    shares: list[list[tuple[Sample, float]]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for sample, weight in sorted(samples, key=lambda each: len(each[0].token_ids), reverse=True):
+        rank = loads.index(min(loads))
+        shares[rank].append((sample, weight))
+        loads[rank] += len(sample.token_ids)
+    packs = [_first_fit(share, max_tokens) for share in shares]
+    count = max(map(len, packs))
+    return tuple(tuple(map(_pack, [*pack, *[[]] * (count - len(pack))])) for pack in packs)
+
+
+def _first_fit(samples: Sequence[tuple[Sample, float]], max_tokens: int) -> list[list[tuple[Sample, float]]]:
+    packs: list[list[tuple[Sample, float]]] = []
+    room: list[int] = []
+    for each in samples:
+        length = len(each[0].token_ids)
+        index = next((i for i, left in enumerate(room) if left >= length), None)
+        if index is None:
+            index = len(packs)
+            packs.append([])
+            room.append(max_tokens)
+        packs[index].append(each)
+        room[index] -= length
+    return packs
+
+
+def _pack(samples: Sequence[tuple[Sample, float]]) -> MicroBatch:
+    if not samples:
+        nothing = torch.zeros(1)
+        return MicroBatch(nothing.long(), nothing.long(), (1,), nothing.bool(), nothing, nothing, nothing)
+    lengths = tuple(len(sample.token_ids) for sample, _ in samples)
+
+    def joined(name: str, kind: type) -> torch.Tensor:
+        return torch.from_numpy(numpy.concatenate([getattr(sample, name) for sample, _ in samples], dtype=kind))
+
+    def joined_if_there(name: str) -> torch.Tensor | None:
+        return None if getattr(samples[0][0], name) is None else joined(name, numpy.float32)
 
     return MicroBatch(
-        token_ids_BT=padded([sample.token_ids for sample in samples], torch.long),
-        attended_BT=padded([(1,) * len(sample.token_ids) for sample in samples], torch.long),
-        mask_BT=padded([sample.loss_mask for sample in samples], torch.long),
-        sampled_logprobs_BT=padded([sample.logprobs for sample in samples], torch.float32),
-        advantages_BT=padded([sample.advantage for sample in samples], torch.float32),
+        token_ids_T=joined("token_ids", numpy.int64),
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        lengths=lengths,
+        mask_T=joined("loss_mask", numpy.bool_),
+        sampled_logprobs_T=joined("logprobs", numpy.float32),
+        advantages_T=joined("advantage", numpy.float32),
+        weights_T=torch.repeat_interleave(torch.tensor([weight for _, weight in samples]), torch.tensor(lengths)),
+        prev_logprobs_T=joined_if_there("prev_logprobs"),
+        reference_logprobs_T=joined_if_there("reference_logprobs"),
     )

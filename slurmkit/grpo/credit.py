@@ -6,6 +6,8 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy
+
 from slurmkit.grpo.advantage import group_advantages
 from slurmkit.rollout.collect import Group
 from slurmkit.rollout.episode import Episode
@@ -39,12 +41,16 @@ def _reason(episodes: Sequence[Episode]) -> str:
 
 
 def _sample(episode: Episode, advantage: float, group_id: int, rollout_id: int) -> Sample:
-    given, sampled = len(episode.prompt_ids), len(episode.completion.token_ids)
+    given = len(episode.prompt_ids)
+    token_ids = numpy.array(episode.prompt_ids + episode.completion.token_ids, numpy.int32)
+    is_sampled = numpy.arange(len(token_ids)) >= given
+    logprobs = numpy.zeros(len(token_ids), numpy.float32)
+    logprobs[given:] = episode.completion.logprobs
     return Sample(
-        token_ids=episode.prompt_ids + episode.completion.token_ids,
-        loss_mask=(0,) * given + (1,) * sampled,
-        logprobs=(0.0,) * given + episode.completion.logprobs,
-        advantage=(0.0,) * given + (advantage,) * sampled,
+        token_ids=token_ids,
+        loss_mask=is_sampled,
+        logprobs=logprobs,
+        advantage=numpy.where(is_sampled, numpy.float32(advantage), numpy.float32(0)),
         group_id=group_id,
         rollout_id=rollout_id,
         temperature=episode.temperature,

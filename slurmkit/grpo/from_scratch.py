@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from slurmkit.config.schema import FromScratch, TrainConfig
+from slurmkit.config.model import FromScratch
+from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.environment import Domain, Message
 from slurmkit.errors import UserError
-from slurmkit.grpo.loss import token_logprobs
 from slurmkit.grpo.metrics import say
 from slurmkit.rollout.chat import Chat
 
@@ -105,6 +105,13 @@ def _byte_tokenizer() -> Any:
     )
 
 
+def _token_logprobs(logits_BTV: torch.Tensor, token_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Natural log-probability of every token given those before it, in float32: [B, T], 0 at the first position."""
+    logits_BTV = logits_BTV[:, :-1].float()
+    picked_BT = logits_BTV.gather(-1, token_ids_BT[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(picked_BT - logits_BTV.logsumexp(-1), (1, 0))
+
+
 def _supervise(model: Any, chat: Chat, sizes: FromScratch, domain: Domain, *, max_length: int, seed: int) -> None:
     """Next-token prediction on demonstrated replies, the prompt given."""
     rng = Random(f"demonstrations {seed}")
@@ -125,7 +132,7 @@ def _supervise(model: Any, chat: Chat, sizes: FromScratch, domain: Domain, *, ma
             ids_BT[b, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
             counts_BT[b, len(prompt) : len(prompt) + len(reply)] = 1
         # Padding on the right needs no attention mask: nothing that counts comes after it.
-        logprobs_BT = token_logprobs(model(input_ids=ids_BT, use_cache=False).logits, ids_BT, temperature=1.0)
+        logprobs_BT = _token_logprobs(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
         loss = -(logprobs_BT * counts_BT).sum() / counts_BT.sum()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,6 +1,6 @@
 """The trained model: one rank per device, sharded with FSDP2, and the driver's handle on all ranks.
 
-Shapes: B sequences, T positions, V vocabulary.
+Shapes: T positions of packed sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.weights import Weights
 from slurmkit.grpo.batch import MicroBatch, OptimizerStep
 from slurmkit.grpo.checkpoint import flush
-from slurmkit.grpo.loss import LossSums, clipped_policy_loss, token_logprobs
+from slurmkit.grpo.loss import LossSums, clipped_policy_loss
 
 # The whole state on the CPU of rank 0, under the names of the unsharded model: any other number of ranks can load it.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -112,9 +112,9 @@ class PolicyWorker:
             state = torch.load(optimizer_path, map_location="cpu", weights_only=True)
             set_optimizer_state_dict(self._model, self._optimizer, state, options=_WHOLE)
 
-    def update(self, micro_batches: Sequence[MicroBatch], num_valid_tokens: int) -> StepResult:
-        """One optimiser step over this rank's micro-batches. `num_valid_tokens` is that of all ranks together."""
-        results = [self._forward_backward(micro_batch, num_valid_tokens) for micro_batch in micro_batches]
+    def update(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimiser step over this rank's micro-batches."""
+        results = [self._forward_backward(micro_batch) for micro_batch in micro_batches]
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.policy.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, distributed.tensor.DTensor) else norm
         if not torch.isfinite(norm):
@@ -124,21 +124,21 @@ class PolicyWorker:
         self._version += 1
         return StepResult(reduce(add, results), float(norm))
 
-    def _forward_backward(self, micro_batch: MicroBatch, num_valid_tokens: int) -> LossSums:
-        token_ids_BT = micro_batch.token_ids_BT.to(self._device)
-        logprobs_BT = token_logprobs(
-            self._model(
-                input_ids=token_ids_BT, attention_mask=micro_batch.attended_BT.to(self._device), use_cache=False
-            ).logits,
-            token_ids_BT,
-            self._config.policy.generation.temperature,
-        )
+    def _forward_backward(self, micro_batch: MicroBatch) -> LossSums:
+        token_ids_T = micro_batch.token_ids_T.to(self._device)
+        position_ids_T = micro_batch.position_ids_T.to(self._device)
+        # Without an attention mask, transformers takes each restart of the positions for the start of a sequence.
+        logits_TV = self._model(input_ids=token_ids_T[None], position_ids=position_ids_T[None], use_cache=False).logits[
+            0
+        ]
+        logits_TV = logits_TV[:-1].float() / self._config.policy.generation.temperature
+        picked_T = logits_TV.gather(-1, token_ids_T[1:, None])[:, 0]
         loss, sums = clipped_policy_loss(
-            logprobs_BT,
-            micro_batch.sampled_logprobs_BT.to(self._device),
-            micro_batch.advantages_BT.to(self._device),
-            micro_batch.mask_BT.to(self._device),
-            num_valid_tokens=num_valid_tokens,
+            torch.nn.functional.pad(picked_T - logits_TV.logsumexp(-1), (1, 0)),
+            micro_batch.sampled_logprobs_T.to(self._device),
+            micro_batch.advantages_T.to(self._device),
+            micro_batch.mask_T.to(self._device),
+            micro_batch.weights_T.to(self._device),
             clip_min=self._config.loss_fn.ratio_clip_min,
             clip_max=self._config.loss_fn.ratio_clip_max,
         )
@@ -205,10 +205,7 @@ class Policy:
     async def update(self, step: OptimizerStep) -> StepResult:
         """One optimiser step on all ranks; the sums over all of them."""
         results = await together(
-            *(
-                rank.call("update", micro_batches, step.num_valid_tokens)
-                for rank, micro_batches in zip(self._ranks, step.ranks, strict=True)
-            )
+            *(rank.call("update", micro_batches) for rank, micro_batches in zip(self._ranks, step.ranks, strict=True))
         )
         return StepResult(reduce(add, (result.sums for result in results)), results[0].grad_norm)
 

@@ -133,8 +133,9 @@ class Trainer:
                 updates = optimizer_steps(
                     samples,
                     global_batch_size=self.config.policy.train_global_batch_size,
-                    micro_batch_size=self.config.policy.train_micro_batch_size,
+                    micro_batch_tokens=self.config.policy.micro_batch_tokens,
                     num_ranks=self.config.num_ranks,
+                    loss_fn=self.config.loss_fn,
                 )
                 metrics |= rollout_metrics
                 if updates:

@@ -4,49 +4,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy
+from numpy.typing import NDArray
+
 from slurmkit.generation.engine import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
     """One trainable token sequence. Arrays have one entry per token; there is no padding and no text.
 
-    `loss_mask` is 1 where the policy chose the token, 0 for prompts, tool output and template glue. `logprobs` are
-    those of the distribution that was sampled from (0 where the mask is 0); `advantage` belongs to the whole sequence
-    until `rollout_id`'s group is known, and is repeated per token so that later turns may earn differently.
+    `loss_mask` is true where the policy chose the token, false for prompts, tool output and template glue. `logprobs`
+    are those of the distribution that was sampled from (0 where the mask is false); `advantage` is repeated per token
+    so that later turns may earn differently. Samples of one episode share its `rollout_id`.
 
     Example, a prompt of two tokens answered by two, in a group where this answer was better than most:
 
         Sample(
-            token_ids=(256, 55, 49, 257), loss_mask=(0, 0, 1, 1), logprobs=(0.0, 0.0, -0.7, -0.1),
-            advantage=(0.0, 0.0, 1.3, 1.3), group_id=12, rollout_id=195, temperature=1.0, weight_version=3,
-            finish_reason="stop",
+            token_ids=numpy.array([256, 55, 49, 257], numpy.int32),
+            loss_mask=numpy.array([False, False, True, True]),
+            logprobs=numpy.array([0, 0, -0.7, -0.1], numpy.float32),
+            advantage=numpy.array([0, 0, 1.3, 1.3], numpy.float32),
+            group_id=12, rollout_id=195, temperature=1.0, weight_version=3, finish_reason="stop",
         )
     """
 
-    token_ids: tuple[int, ...]
-    loss_mask: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    advantage: tuple[float, ...]
+    token_ids: NDArray[numpy.int32]
+    loss_mask: NDArray[numpy.bool_]
+    logprobs: NDArray[numpy.float32]
+    advantage: NDArray[numpy.float32]
     group_id: int
     rollout_id: int
     temperature: float
     weight_version: int
     finish_reason: FinishReason
+    prev_logprobs: NDArray[numpy.float32] | None = None
+    """The policy's own, before the step's first update, where the loss asks for them."""
+    reference_logprobs: NDArray[numpy.float32] | None = None
+    """The reference model's, where the loss or the reward asks for them."""
 
     def __post_init__(self) -> None:
-        lengths = {
-            "token_ids": len(self.token_ids),
-            "loss_mask": len(self.loss_mask),
-            "logprobs": len(self.logprobs),
-            "advantage": len(self.advantage),
+        arrays = {
+            "token_ids": self.token_ids,
+            "loss_mask": self.loss_mask,
+            "logprobs": self.logprobs,
+            "advantage": self.advantage,
+            "prev_logprobs": self.prev_logprobs,
+            "reference_logprobs": self.reference_logprobs,
         }
+        lengths = {name: len(array) for name, array in arrays.items() if array is not None}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"a sample's arrays must be equally long, found {lengths}")
-        if self.loss_mask[:1] == (1,):
+        if self.loss_mask[:1].any():
             raise ValueError("a sample's first token follows from nothing, so it cannot be trained on")
 
     @property
     def num_trained_tokens(self) -> int:
         """Tokens that the loss counts."""
-        return sum(self.loss_mask)
+        return int(numpy.count_nonzero(self.loss_mask))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slurmkit.config.schema import FromScratch, TrainConfig
+    from slurmkit.config.model import FromScratch
+    from slurmkit.config.schema import TrainConfig
 
 # A checkpoint holds, of every parameter, the weight and AdamW's two moments in float32 (grpo/checkpoint.py).
 _CHECKPOINT_BYTES = 12

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from parts import need_shared_data
 
-from slurmkit.config.schema import ArithmeticEnv, MathEnv
+from slurmkit.config.data import ArithmeticEnv, MathEnv
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Domain, Message, Score, Task
 from slurmkit.envs.math import Math, final_number

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from tiny import make_tiny_model
 
-from slurmkit.config.schema import ArithmeticEnv
+from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Environment, Message, Score, Task
 from slurmkit.errors import Failure

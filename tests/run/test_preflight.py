@@ -17,7 +17,7 @@ import pytest
 from conftest import Cluster
 from parts import missing
 
-from slurmkit.config.schema import FromScratch
+from slurmkit.config.model import FromScratch
 from slurmkit.job.settle import Request, Settled, settle
 from slurmkit.job.spec import JobSpec
 from slurmkit.run.footprint import parameters_in, parameters_of
