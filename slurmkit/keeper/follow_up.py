@@ -79,8 +79,13 @@ class FollowUp:
             time.sleep(0.1)
         return bool(self.job)
 
-    def leave_out(self, nodes: List[str], excluded: str) -> None:
-        """Where the job fits elsewhere, the next attempt runs without these nodes; the one after may use them again."""
+    def take_over(self, bad_nodes: List[str], excluded: str) -> None:
+        """Let it go on; where the job fits elsewhere, without the bad nodes. The attempt after may use them again."""
+        tell(f"job {self.job} goes on with this run")
+        if bad_nodes:
+            self._leave_out(bad_nodes, excluded)
+
+    def _leave_out(self, nodes: List[str], excluded: str) -> None:
         names = ",".join(nodes)
         every = ",".join(filter(None, [excluded, names]))
         fits = ask("sbatch", "--test-only", "--exclude=" + every, self._script) is not None
