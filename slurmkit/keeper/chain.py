@@ -28,7 +28,8 @@ class Chain:
     def __init__(self, meeting: Meeting, limits: Limits, now: float) -> None:
         self.limits = limits
         self.run = meeting.run
-        self.number = int(meeting.attempt.rpartition(".")[2]) + 1
+        self.restart = int(meeting.attempt.rpartition(".")[2])
+        self.number = self.restart + 1
         self.began, self.failures = now, 0
         self.previous: Optional[str] = None
         self.code = NODES_FAILED  # the previous attempt's; one that left no record was killed hard
@@ -90,7 +91,7 @@ def begin(meeting: Meeting, limits: Limits) -> None:
     os.makedirs(meeting.meet, exist_ok=True)
     start = {
         "job_id": os.environ["SLURM_JOB_ID"],
-        "restart": int(meeting.attempt.rpartition(".")[2]),
+        "restart": chain.restart,
         "attempt": chain.number,
         "nodes": os.environ["SLURM_JOB_NODELIST"],
         "started": int(now),

@@ -41,14 +41,14 @@ class FollowUp:
         command = ["timeout", "120", "sbatch", "--parsable", "--dependency=afterany:" + self._job]
         command += ["--kill-on-invalid-dep=yes", self._script]
         pause = 5.0
-        while self._is_wanted:
+        job = self.waiting()  # where Slurm starts a job a second time, the first has queued one
+        while self._is_wanted and not job:
             done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
             answer = done.stdout.decode(errors="replace").strip().partition(";")[0]
             job = answer if done.returncode == 0 else self._found(pause)
-            if job:
-                write(os.path.join(self._meeting.folder, "next"), job)
-                return
             pause = min(60.0, pause * 2)
+        if job:
+            write(os.path.join(self._meeting.folder, "next"), job)
 
     def _found(self, pause: float) -> str:
         """The job that a try has registered whose answer was lost: looked for twice, as it may be on its way."""
@@ -79,8 +79,13 @@ class FollowUp:
             time.sleep(0.1)
         return bool(self.job)
 
-    def leave_out(self, nodes: List[str], excluded: str) -> None:
-        """Where the job fits elsewhere, the next attempt runs without these nodes; the one after may use them again."""
+    def take_over(self, bad_nodes: List[str], excluded: str) -> None:
+        """Let it go on; where the job fits elsewhere, without the bad nodes. The attempt after may use them again."""
+        tell(f"job {self.job} goes on with this run")
+        if bad_nodes:
+            self._leave_out(bad_nodes, excluded)
+
+    def _leave_out(self, nodes: List[str], excluded: str) -> None:
         names = ",".join(nodes)
         every = ",".join(filter(None, [excluded, names]))
         fits = ask("sbatch", "--test-only", "--exclude=" + every, self._script) is not None

@@ -21,10 +21,9 @@ def main() -> int:
     parser.add_argument("--exclude", default="", metavar="NODES", help="that the job does without anyway")
     parser.add_argument("part", choices=["begin", "watch", "node"], help="before the job; beside its script; on a node")
     options = parser.parse_args()
+    # Slurm may signal every process; the batch script passes on its own as files.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # Slurm may signal every process: the batch script's are passed on as files
+        signal.signal(number, signal.SIG_IGN)
     meeting = Meeting()
     limits = Limits(options.until_done, options.max_attempts, options.max_hours, options.trains)
     if options.part == "begin":

@@ -142,25 +142,23 @@ class Watch:
             "reason": verdict.reason,
             "ended": int(time.time()),
             "bad_nodes": verdict.bad_nodes,
+            "cancelled": self._is_cancelled,
         }
-        end.update(goes_on=False, cancelled=self._is_cancelled)
-        goes_on = False
-        if self._chain.limits.until_done and may_go_on(verdict.code) and not self._is_cancelled:
-            stop = self._chain.end_after(verdict.code, time.time())
-            goes_on = self._follow_up is not None and not stop
-            if goes_on:  # for whoever looks, and for the follow-up, should Slurm kill this job while it waits
-                self._meeting.record("end.json", dict(end, goes_on=True))
-                goes_on = self._follow_up is not None and self._follow_up.await_registration()
-                stop = "" if goes_on else "Slurm gives no answer, and no follow-up could be queued"
-            if stop:
-                end["reason"] += "; " + stop
-                tell(stop)
+        goes_on = self._chain.limits.until_done and may_go_on(verdict.code) and not self._is_cancelled
+        stop = self._chain.end_after(verdict.code, time.time()) if goes_on else ""
+        if goes_on and not stop:
+            # For whoever looks, and for the follow-up, should Slurm kill this job while it waits.
+            self._meeting.record("end.json", dict(end, goes_on=True))
+            if self._follow_up is None or not self._follow_up.await_registration():
+                stop = "Slurm gives no answer, and no follow-up could be queued"
+        if stop:
+            goes_on = False
+            end["reason"] += "; " + stop
+            tell(stop)
         self._meeting.record("end.json", dict(end, goes_on=goes_on))
         if self._follow_up is not None:
             if goes_on:
-                tell(f"job {self._follow_up.job} goes on with this run")
-                if verdict.bad_nodes:
-                    self._follow_up.leave_out(verdict.bad_nodes, self._excluded)
+                self._follow_up.take_over(verdict.bad_nodes, self._excluded)
             else:
                 self._follow_up.cancel()
         self._meeting.publish("code", str(verdict.code))

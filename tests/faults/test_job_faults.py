@@ -447,6 +447,29 @@ def test_a_follow_up_is_queued_once_though_sbatch_s_answer_is_lost(machines: Clu
     job.end()
 
 
+def test_a_job_that_slurm_starts_once_more_under_the_same_name_begins_afresh(
+    machines: Cluster, here: Path, run: int
+) -> None:
+    """As a slurmctld does that was killed before it had saved that the job runs."""
+    job = submit(machines, here, "--until-done", nodes=3, job="sbatch: {hold: true}\n")
+    meeting = job.attempt() / "bringup"
+    meeting.mkdir(parents=True)
+    for name, text in {"exit_code": "1", "head": "203.0.113.1:1", "failed.node1": "no fault", "code": "1"}.items():
+        (meeting / name).write_text(text)
+    nodes = ("node1", "node2", "node3")
+    for node in nodes:
+        machines.on_node(node, "mkdir", "-p", f"/tmp/sk-{job.job_id}.0/tmp")
+    script = str(job.run_dir / "job.sbatch")
+    following = machines.ask("sbatch", "--parsable", f"--dependency=afterany:{job.job_id}", script).strip()
+    machines.ask("scontrol", "release", job.job_id)
+    job.is_up()
+    assert job.next() == following
+    assert machines.ask("squeue", "-h", "-t", "PD", "-o", "%i").split() == [following]
+    (here / "enough").touch()
+    assert job.end()["code"] == 0
+    wait_until(lambda: not any(left_on(machines, node) for node in nodes), "nothing is left")
+
+
 def test_a_follow_up_of_a_run_that_is_done_ends_at_once(machines: Cluster, here: Path, run: int) -> None:
     (here / "bin").mkdir()
     (here / "bin/scancel").write_text("#!/bin/sh\nexit 1\n")  # as when slurmctld is away
