@@ -25,9 +25,9 @@ Table = torch.Tensor
 
 
 def a_table(seed: int, requires_grad: bool = False) -> Table:
-    return torch.randn(6, NUM_TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_(
-        requires_grad
-    )
+    return torch.randn(
+        6, NUM_TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).requires_grad_(requires_grad)
 
 
 def near(table: Table, seed: int, distance: float = 0.3) -> Table:

@@ -141,7 +141,7 @@ def _first_fit(samples: Sequence[tuple[Sample, float]], max_tokens: int) -> list
 def _pack(samples: Sequence[tuple[Sample, float]]) -> MicroBatch:
     if not samples:
         nothing = torch.zeros(1)
-        return MicroBatch(nothing.long(), nothing.long(), (1,), nothing.bool(), nothing, nothing, nothing)
+        return MicroBatch(nothing.long(), nothing.long(), (1,), nothing.bool(), *[nothing] * 5)
     lengths = tuple(len(sample.token_ids) for sample, _ in samples)
 
     def joined(name: str, kind: type) -> torch.Tensor:

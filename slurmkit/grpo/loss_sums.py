@@ -39,8 +39,8 @@ class LossSums:
     def over(cls, mask_T: torch.Tensor, values_T: Mapping[str, torch.Tensor], ratio_T: torch.Tensor) -> LossSums:
         """Of what each field's tokens have, where the mask is true."""
         sums = [torch.where(mask_T, each_T.float(), 0.0).sum() for each_T in values_T.values()]
-        least = torch.where(mask_T, ratio_T, inf).min()
-        most = torch.where(mask_T, ratio_T, -inf).max()
+        least = torch.where(mask_T, ratio_T.float(), inf).min()
+        most = torch.where(mask_T, ratio_T.float(), -inf).max()
         # One transfer for all: each would wait for the device.
         return cls(
             **dict(zip([*values_T, "ratio_min", "ratio_max"], torch.stack([*sums, least, most]).tolist(), strict=True))
