@@ -100,6 +100,23 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_loss_fits(self) -> Self:
+        samples = self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
+        batch = self.policy.train_global_batch_size
+        if self.loss_fn.force_on_policy_ratio and batch != samples:
+            raise ValueError(
+                f"loss_fn.force_on_policy_ratio true takes the policy for the one that sampled, and "
+                f"policy.train_global_batch_size {batch} makes {samples // batch} updates of a step's samples: set it "
+                f"to {samples}"
+            )
+        if self.loss_fn.use_kl_in_reward and self.grpo.adv_estimator.name == "maxrl":
+            raise ValueError(
+                "grpo.adv_estimator.name maxrl divides by a mean reward that must be positive, and "
+                "loss_fn.use_kl_in_reward true lowers the rewards: set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tasks_come_from_somewhere(self) -> Self:
         paths = {"train": self.data.train.data_path, "validation": self.data.validation.data_path}
         for name, path in paths.items():

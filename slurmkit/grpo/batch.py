@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy
 import torch
@@ -35,6 +36,14 @@ class MicroBatch:
     prev_logprobs_T: torch.Tensor | None = None
     reference_logprobs_T: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same, with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device) if isinstance(value := getattr(self, field.name), torch.Tensor) else value
+            for field in fields(self)
+        }
+        return MicroBatch(**moved)
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
@@ -59,14 +68,18 @@ def optimizer_steps(
 ) -> list[OptimizerStep]:
     """Cut the samples of a step into optimiser steps, and each of those into micro-batches over `num_ranks`.
 
-    Samples whose advantage is 0 everywhere are counted in the denominators and left out, as their part of the
-    gradient is exactly 0; an optimiser step without any other is, too.
+    Samples that have no gradient (nothing is trained, or all advantages are 0 and nothing else in the loss pulls) are
+    counted in the denominators and left out; an optimiser step without any other is, too.
     """
     steps = []
     for first in range(0, len(samples), global_batch_size):
         batch = samples[first : first + global_batch_size]
         weights = loss_weights(batch, loss_fn)
-        trained = [(sample, weight) for sample, weight in zip(batch, weights, strict=True) if sample.advantage.any()]
+        trained = [
+            (sample, weight)
+            for sample, weight in zip(batch, weights, strict=True)
+            if sample.advantage.any() or (loss_fn.trains_without_advantage and sample.num_trained_tokens)
+        ]
         if not trained:
             continue
         steps.append(
@@ -128,7 +141,7 @@ def _first_fit(samples: Sequence[tuple[Sample, float]], max_tokens: int) -> list
 def _pack(samples: Sequence[tuple[Sample, float]]) -> MicroBatch:
     if not samples:
         nothing = torch.zeros(1)
-        return MicroBatch(nothing.long(), nothing.long(), (1,), nothing.bool(), nothing, nothing, nothing)
+        return MicroBatch(nothing.long(), nothing.long(), (1,), nothing.bool(), *[nothing] * 5)
     lengths = tuple(len(sample.token_ids) for sample, _ in samples)
 
     def joined(name: str, kind: type) -> torch.Tensor:

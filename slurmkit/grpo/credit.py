@@ -2,61 +2,116 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy
+import torch
 
-from slurmkit.grpo.advantage import group_advantages
+from slurmkit.config.algorithm import Grpo, LossFn
+from slurmkit.grpo.advantage import advantages
+from slurmkit.grpo.kl import reference_kl
 from slurmkit.rollout.collect import Group
 from slurmkit.rollout.episode import Episode
 from slurmkit.rollout.sample import Sample
 
 
-def credit(groups: Sequence[Group], *, normalize: bool, leave_one_out: bool) -> tuple[list[Sample], dict[str, float]]:
-    """Samples of all groups, and metrics of the rollout with their names in metrics.jsonl.
+def make_samples(groups: Sequence[Group]) -> list[Sample]:
+    """The samples of all groups, with advantages of 0 until they are credited.
 
-    A group without signal (all its rewards equal, or fewer than two episodes left) gives samples whose advantage is
-    0; `train:dropped_groups/REASON` counts it. An episode without a single sampled token (its prompt did not fit)
-    gives no sample and takes no part in its group's statistics.
+    An episode without a single sampled token (its prompt did not fit) gives none. A token whose logprob the engine
+    could not tell (None, NaN, infinite) is not trained on, and so is in no denominator.
     """
-    samples: list[Sample] = []
-    dropped: Counter[str] = Counter()
-    for group_id, group in enumerate(groups):
-        episodes = [episode for episode in group.episodes if episode.completion.token_ids]
-        rewards = [episode.score.reward for episode in episodes]
-        advantages = group_advantages(rewards, normalize=normalize, leave_one_out=leave_one_out)
-        if not any(advantages):
-            dropped[_reason(episodes)] += 1
-        for episode, advantage in zip(episodes, advantages, strict=True):
-            samples.append(_sample(episode, advantage, group_id, rollout_id=len(samples)))
-    return samples, _metrics(groups, dropped)
+    return [
+        _sample(episode, group_id, rollout_id)
+        for group_id, group in enumerate(_played(groups))
+        for rollout_id, episode in group
+    ]
+
+
+def credit(
+    groups: Sequence[Group], samples: Sequence[Sample], grpo: Grpo, loss_fn: LossFn
+) -> tuple[list[Sample], dict[str, float]]:
+    """The samples of `groups` with their episodes' advantages, and metrics with their names in metrics.jsonl.
+
+    Broken episodes, and those without a sampled token, take no part in their group's statistics. A group without
+    signal (none of its episodes has an advantage) is counted in `train:dropped_groups/REASON`.
+
+    With loss_fn.use_kl_in_reward every sample carries `reference_logprobs`, and an episode's reward is lowered by its
+    penalty × the KL summed over its trained tokens: the gradient is then that of the whole episode's KL, what a token
+    does to later ones included. The policy's logprobs in it are `prev_logprobs` where there are any, else the engine's.
+    """
+    tokens, kl = Counter[int](), dict[int, float]()
+    for sample in samples:
+        tokens[sample.rollout_id] += sample.num_trained_tokens
+        if loss_fn.use_kl_in_reward:
+            kl[sample.rollout_id] = kl.get(sample.rollout_id, 0.0) + _kl(sample, loss_fn)
+    played = _played(groups)
+    penalty = loss_fn.reference_policy_kl_penalty
+    rewards = [[episode.score.reward - penalty * kl.get(number, 0.0) for number, episode in group] for group in played]
+    found = advantages(rewards, [[tokens[number] for number, _ in group] for group in played], grpo)
+    dropped = Counter(
+        _reason([episode for _, episode in group]) for group, each in zip(played, found, strict=True) if not any(each)
+    )
+    numbers = [number for group in played for number, _ in group]
+    advantage_of = dict(zip(numbers, itertools.chain(*found), strict=True))
+    credited = [
+        replace(sample, advantage=(sample.loss_mask * advantage_of[sample.rollout_id]).astype(numpy.float32))
+        for sample in samples
+    ]
+    metrics = _metrics(groups, dropped)
+    sampled = sum(len(episode.completion.token_ids) for group in played for _, episode in group)
+    metrics["train:tokens_without_logprob"] = float(sampled - tokens.total())
+    if loss_fn.use_kl_in_reward:
+        metrics["train:kl_penalty"] = sum(kl.values()) / max(1, tokens.total())
+    return credited, metrics
+
+
+def _played(groups: Sequence[Group]) -> list[list[tuple[int, Episode]]]:
+    """Of each group, the episodes with a sampled token, each with its `rollout_id`."""
+    numbers = itertools.count()
+    return [
+        [(next(numbers), episode) for episode in group.episodes if episode.completion.token_ids] for group in groups
+    ]
 
 
 def _reason(episodes: Sequence[Episode]) -> str:
     if len(episodes) < 2:
         return "too_few_episodes"
-    return "all_correct" if all(episode.score.correct for episode in episodes) else "none_correct"
+    if all(episode.score.correct for episode in episodes):
+        return "all_correct"
+    return "equal_rewards" if any(episode.score.correct for episode in episodes) else "none_correct"
 
 
-def _sample(episode: Episode, advantage: float, group_id: int, rollout_id: int) -> Sample:
+def _sample(episode: Episode, group_id: int, rollout_id: int) -> Sample:
     given = len(episode.prompt_ids)
     token_ids = numpy.array(episode.prompt_ids + episode.completion.token_ids, numpy.int32)
-    is_sampled = numpy.arange(len(token_ids)) >= given
     logprobs = numpy.zeros(len(token_ids), numpy.float32)
     logprobs[given:] = episode.completion.logprobs
+    is_known = numpy.isfinite(logprobs)
     return Sample(
         token_ids=token_ids,
-        loss_mask=is_sampled,
-        logprobs=logprobs,
-        advantage=numpy.where(is_sampled, numpy.float32(advantage), numpy.float32(0)),
+        loss_mask=(numpy.arange(len(token_ids)) >= given) & is_known,
+        logprobs=numpy.where(is_known, logprobs, numpy.float32(0)),
+        advantage=numpy.zeros(len(token_ids), numpy.float32),
         group_id=group_id,
         rollout_id=rollout_id,
         temperature=episode.temperature,
         weight_version=episode.completion.weight_version,
         finish_reason=episode.completion.finish_reason,
     )
+
+
+def _kl(sample: Sample, loss_fn: LossFn) -> float:
+    """Of all trained tokens together."""
+    if sample.reference_logprobs is None:
+        raise ValueError("use_kl_in_reward needs the samples' reference_logprobs, and they have none")
+    own = sample.logprobs if sample.prev_logprobs is None else sample.prev_logprobs
+    kl_T = reference_kl(torch.from_numpy(own), torch.from_numpy(sample.reference_logprobs), loss_fn)
+    return float(kl_T.numpy()[sample.loss_mask].sum(dtype=numpy.float64))
 
 
 def _metrics(groups: Sequence[Group], dropped: Counter[str]) -> dict[str, float]:

@@ -1,81 +1,115 @@
-"""The policy loss: a pure function of tensors, with its denominators passed in.
+"""The policy loss: a pure function of tensors, whose denominators come with the batch.
 
-Shapes: T positions of packed sequences. Position t of every array belongs to token t.
+Shapes: T positions of packed sequences. Position t of every tensor belongs to token t.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-# exp(20) is far outside every clip range, and its gradient is still finite.
-MAX_LOG_RATIO = 20.0
+from slurmkit.config.algorithm import LossFn
+from slurmkit.grpo.batch import MicroBatch
+from slurmkit.grpo.importance import MAX_LOG_RATIO, bounded_exp, engine_correction, sequence_means
+from slurmkit.grpo.kl import reference_kl
+from slurmkit.grpo.loss_sums import LossSums
 
 
-@dataclass(frozen=True, slots=True)
-class LossSums:
-    """Sums over trained tokens, detached, so that micro-batches and ranks add up to the whole batch's figures."""
-
-    loss: float
-    ratio: float
-    clipped: float
-    approximate_kl: float
-    probability_error: float
-
-    def __add__(self, other: LossSums) -> LossSums:
-        return LossSums(
-            self.loss + other.loss,
-            self.ratio + other.ratio,
-            self.clipped + other.clipped,
-            self.approximate_kl + other.approximate_kl,
-            self.probability_error + other.probability_error,
-        )
-
-
-def clipped_policy_loss(
-    logprobs_T: torch.Tensor,
-    sampled_logprobs_T: torch.Tensor,
-    advantages_T: torch.Tensor,
-    mask_T: torch.Tensor,
-    weights_T: torch.Tensor,
-    *,
-    clip_min: float,
-    clip_max: float,
+def policy_loss(
+    logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: MicroBatch, loss_fn: LossFn
 ) -> tuple[torch.Tensor, LossSums]:
-    """GRPO's clipped surrogate without its KL term (arXiv 2402.03300, equation 3), with DAPO's separate clip bounds
-    (arXiv 2503.14476, equation 10).
+    """A micro-batch's part of an optimiser step's loss, and of the sums behind its metrics.
 
-    `logprobs_T` carries the gradient; `sampled_logprobs_T` are the engine's. `mask_T` is 1 where the loss counts;
-    what the other positions hold never matters, not even NaN. `weights_T` hold the denominator of the whole
-    optimiser step, over all micro-batches and ranks, so any split of it gives the same gradient.
+        sum over trained tokens of weight × (correction × surrogate + penalty × KL − bonus × entropy)
 
-    Returns the scalar loss and the sums behind this call's metrics.
+    `logprobs_T` and `entropy_T` carry the gradient, in nats, float32; the batch's tensors are on their device. The
+    weights hold the denominator of the whole optimiser step, over all micro-batches and ranks, so any split of it
+    gives the same loss and gradient: only add up. What stands where the mask is false never matters, not even NaN,
+    and where nothing is trained the loss is a 0 with a graph, so that the rank takes part in FSDP's collectives.
+
+    The surrogate is GRPO's (arXiv 2402.03300, equation 3) with the options of `loss_fn`; docs/losses.md has each with
+    its formula and paper. ValueError where the batch lacks logprobs that `loss_fn` asks for.
     """
-    counts_T = mask_T.bool()
-    # Zeroed before any arithmetic: a NaN behind a mask of 0 would still turn the gradient into NaN.
-    logprobs_T = torch.where(counts_T, logprobs_T, 0.0)
-    sampled_logprobs_T = torch.where(counts_T, sampled_logprobs_T, 0.0)
-    advantages_T = torch.where(counts_T, advantages_T, 0.0)
+    mask_T = batch.mask_T
 
-    log_ratio_T = (logprobs_T - sampled_logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio_T = log_ratio_T.exp()
-    clipped_T = ratio_T.clamp(1 - clip_min, 1 + clip_max)
-    loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
-    # Masked positions have advantage 0; multiplying all the same keeps a graph where nothing counts, and a rank
-    # whose micro-batch is empty takes part in FSDP's collectives.
-    loss = (loss_T * weights_T * counts_T).sum()
+    def trained(values_T: torch.Tensor | None, name: str = "") -> torch.Tensor:
+        if values_T is None:
+            raise ValueError(f"the loss needs the samples' {name}, and they have none")
+        # Zeroed before any arithmetic: a NaN behind a factor of 0 would still turn the gradient into NaN.
+        return torch.where(mask_T, values_T, 0.0)
+
+    logprobs_T, entropy_T = trained(logprobs_T), trained(entropy_T)
+    sampled_T = trained(batch.sampled_logprobs_T)
+    advantages_T, weights_T = trained(batch.advantages_T), trained(batch.weights_T)
+    prev_T = trained(batch.prev_logprobs_T, "prev_logprobs") if loss_fn.needs_prev_logprobs else logprobs_T.detach()
+    old_T = prev_T if loss_fn.use_importance_sampling_correction or loss_fn.force_on_policy_ratio else sampled_T
+    log_ratio_T = logprobs_T - old_T
+    if loss_fn.sequence_level_importance_ratios:
+        # GSPO-token (arXiv 2507.18071, equation 14): the sequence's value, and each token's own gradient. Where all
+        # tokens of a sequence have one advantage, that is GSPO's gradient (equation 10).
+        means_T = sequence_means(log_ratio_T.detach(), mask_T, batch.lengths)
+        log_ratio_T = means_T + (logprobs_T - logprobs_T.detach())
+    ratio_T = bounded_exp(log_ratio_T)
+
+    correction_T, is_out_T = engine_correction(prev_T - sampled_T, mask_T, batch.lengths, loss_fn)
+    surrogate_T, clips = _surrogate(logprobs_T, ratio_T, advantages_T, loss_fn)
+    if loss_fn.use_importance_sampling_correction:
+        surrogate_T = surrogate_T * correction_T
+    loss_T = surrogate_T
+    kl_T = torch.zeros_like(sampled_T)
+    if loss_fn.kl_penalty_in_loss:
+        reference_T = trained(batch.reference_logprobs_T, "reference_logprobs")
+        drift_T = logprobs_T - sampled_T if loss_fn.use_on_policy_kl_approximation else None
+        kl_T = reference_kl(logprobs_T, reference_T, loss_fn, drift_T)
+        loss_T = loss_T + loss_fn.kl_penalty_in_loss * kl_T
+    if loss_fn.entropy_bonus:
+        loss_T = loss_T - loss_fn.entropy_bonus * entropy_T
+    loss = (loss_T * weights_T).sum()
 
     with torch.no_grad():
-        error_T = log_ratio_T.abs().exp()
-        # k3 (Schulman 2020, "Approximating KL divergence"): never negative, and unbiased for KL(sampled || policy).
-        kl_T = ratio_T - 1 - log_ratio_T
-        binding_T = ratio_T * advantages_T > clipped_T * advantages_T
-        sums = LossSums(
-            loss=float(loss),
-            ratio=float((ratio_T * counts_T).sum()),
-            clipped=float((binding_T & counts_T).sum()),
-            approximate_kl=float((kl_T * counts_T).sum()),
-            probability_error=float((error_T * counts_T).sum()),
+        sums = LossSums.over(
+            mask_T,
+            {
+                "tokens": torch.ones_like(weights_T),
+                "loss": loss_T * weights_T,
+                "policy_loss": surrogate_T * weights_T,
+                "ratio": ratio_T,
+                **clips,
+                "approximate_kl": _k3(log_ratio_T),
+                "reference_kl": kl_T,
+                "entropy": entropy_T,
+                "probability_error": bounded_exp((prev_T - sampled_T).abs()),
+                "engine_kl": _k3(prev_T - sampled_T),
+                "correction": correction_T,
+                "out_of_bounds": is_out_T,
+            },
+            ratio_T,
         )
     return loss, sums
+
+
+def _surrogate(
+    logprobs_T: torch.Tensor, ratio_T: torch.Tensor, advantages_T: torch.Tensor, loss_fn: LossFn
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What is minimised in place of the negative return, and where each of its clips binds."""
+    is_low_T, is_high_T = ratio_T < 1 - loss_fn.ratio_clip_min, ratio_T > 1 + loss_fn.ratio_clip_max
+    clipped_T = ratio_T.clamp(1 - loss_fn.ratio_clip_min, 1 + loss_fn.ratio_clip_max)
+    is_dual_T = torch.zeros_like(is_low_T)
+    if loss_fn.disable_ppo_ratio:
+        loss_T = -advantages_T * logprobs_T
+        is_low_T = is_high_T = is_dual_T
+    elif loss_fn.use_cispo:
+        loss_T = -advantages_T * clipped_T.detach() * logprobs_T
+    else:
+        loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
+        is_low_T, is_high_T = is_low_T & (advantages_T < 0), is_high_T & (advantages_T > 0)
+        if loss_fn.ratio_clip_c is not None:
+            bound_T = -loss_fn.ratio_clip_c * advantages_T
+            is_dual_T = (advantages_T < 0) & (loss_T > bound_T)
+            loss_T = torch.where(is_dual_T, bound_T, loss_T)
+    return loss_T, {"clipped_low": is_low_T, "clipped_high": is_high_T, "clipped_dual": is_dual_T}
+
+
+def _k3(log_ratio_T: torch.Tensor) -> torch.Tensor:
+    """Never negative, and unbiased for KL(old || new) where `log_ratio_T` is new minus old (Schulman 2020)."""
+    bounded_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return bounded_T.expm1() - bounded_T

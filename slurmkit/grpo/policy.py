@@ -36,7 +36,8 @@ from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.weights import Weights
 from slurmkit.grpo.batch import MicroBatch, OptimizerStep
 from slurmkit.grpo.checkpoint import flush
-from slurmkit.grpo.loss import LossSums, clipped_policy_loss
+from slurmkit.grpo.loss import policy_loss
+from slurmkit.grpo.loss_sums import LossSums
 
 # The whole state on the CPU of rank 0, under the names of the unsharded model: any other number of ranks can load it.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -125,23 +126,16 @@ class PolicyWorker:
         return StepResult(reduce(add, results), float(norm))
 
     def _forward_backward(self, micro_batch: MicroBatch) -> LossSums:
-        token_ids_T = micro_batch.token_ids_T.to(self._device)
-        position_ids_T = micro_batch.position_ids_T.to(self._device)
+        batch = micro_batch.to(self._device)
         # Without an attention mask, transformers takes each restart of the positions for the start of a sequence.
-        logits_TV = self._model(input_ids=token_ids_T[None], position_ids=position_ids_T[None], use_cache=False).logits[
-            0
-        ]
-        logits_TV = logits_TV[:-1].float() / self._config.policy.generation.temperature
-        picked_T = logits_TV.gather(-1, token_ids_T[1:, None])[:, 0]
-        loss, sums = clipped_policy_loss(
-            torch.nn.functional.pad(picked_T - logits_TV.logsumexp(-1), (1, 0)),
-            micro_batch.sampled_logprobs_T.to(self._device),
-            micro_batch.advantages_T.to(self._device),
-            micro_batch.mask_T.to(self._device),
-            micro_batch.weights_T.to(self._device),
-            clip_min=self._config.loss_fn.ratio_clip_min,
-            clip_max=self._config.loss_fn.ratio_clip_max,
-        )
+        logits_TV = self._model(
+            input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False
+        ).logits[0]
+        logprobs_TV = (logits_TV[:-1].float() / self._config.policy.generation.temperature).log_softmax(-1)
+        logprobs_T = logprobs_TV.gather(-1, batch.token_ids_T[1:, None])[:, 0]
+        entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+        pad = torch.nn.functional.pad
+        loss, sums = policy_loss(pad(logprobs_T, (1, 0)), pad(entropy_T, (1, 0)), batch, self._config.loss_fn)
         # FSDP averages gradients over ranks; the loss is already a sum of the ranks' parts of one mean.
         torch.autograd.backward(loss * self._num_ranks)
         return sums

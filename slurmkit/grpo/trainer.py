@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +21,7 @@ from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
 from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState
 from slurmkit.grpo.cluster import ray_connection, start_actors, watch_ray
-from slurmkit.grpo.credit import credit
+from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.from_scratch import starting_model
 from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
 from slurmkit.grpo.metrics import RunLog, say, timed
@@ -125,11 +127,7 @@ class Trainer:
             with timed(metrics, "time:step"):
                 with timed(metrics, "time:rollout"):
                     groups = await self.interrupts.unless(self.rollout(step))
-                samples, rollout_metrics = credit(
-                    groups,
-                    normalize=self.config.grpo.normalize_rewards,
-                    leave_one_out=self.config.grpo.use_leave_one_out_baseline,
-                )
+                samples, rollout_metrics = credit(groups, make_samples(groups), self.config.grpo, self.config.loss_fn)
                 updates = optimizer_steps(
                     samples,
                     global_batch_size=self.config.policy.train_global_batch_size,
@@ -153,7 +151,7 @@ class Trainer:
                 step=step,
                 position=self.order.position,
                 updates=self.state.updates + len(updates),
-                steps_without_signal=0 if updates else self.state.steps_without_signal + 1,
+                steps_without_signal=0 if metrics["train:groups_with_signal"] else self.state.steps_without_signal + 1,
                 tasks_digest=self.state.tasks_digest,
                 metrics=metrics,
             )
@@ -187,17 +185,16 @@ class Trainer:
 
     async def update(self, updates: list[OptimizerStep]) -> dict[str, float]:
         """Make the optimiser steps, one after the other; metrics over all of them."""
+        loss_fn = self.config.loss_fn
         results = [await self.policy.update(step) for step in updates]
-        tokens = sum(step.num_trained_tokens for step in updates)
+        sums = reduce(add, (result.sums for result in results))
+        # Without them the engines are compared with the first update only: until then the policy is what they had.
+        engine_sums = sums if loss_fn.needs_prev_logprobs else results[0].sums
         return {
-            "train:loss": statistics.fmean(result.sums.loss for result in results),
+            **sums.metrics(loss_fn, len(results)),
+            **engine_sums.engine_metrics(loss_fn),
             "train:grad_norm": statistics.fmean(result.grad_norm for result in results),
-            "train:ratio_mean": sum(result.sums.ratio for result in results) / tokens,
-            "train:clip_fraction": sum(result.sums.clipped for result in results) / tokens,
-            "train:approx_kl": sum(result.sums.approximate_kl for result in results) / tokens,
-            # Of the first only: until then the policy is what the engines sampled from, so anything above 1 is theirs.
-            "train:token_mult_prob_error": results[0].sums.probability_error / updates[0].num_trained_tokens,
-            "train:trained_tokens": float(tokens),
+            "train:trained_tokens": sums.tokens,
         }
 
     async def validate(self) -> dict[str, float]:
@@ -251,7 +248,7 @@ class Trainer:
         without, limit = self.state.steps_without_signal, self.config.grpo.max_steps_without_signal
         if not without:
             return
-        say(f"step {self.state.step}: no group carries signal (in each, all rewards are equal), so there was no update")
+        say(f"step {self.state.step}: no group carries signal (in each, all rewards are equal)")
         if limit is not None and without >= limit:
             raise Failure(
                 f"no group carried signal in {without} steps in a row (grpo.max_steps_without_signal): the model is "

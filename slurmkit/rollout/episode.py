@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 from slurmkit.envs.environment import Environment, Message, Score, Task
@@ -62,6 +63,8 @@ async def run_episode(
             raise NotImplementedError("episodes of more than one turn")
     async with _blaming(environment, timeout_seconds):
         score = await environment.score()
+        if not isfinite(score.reward):
+            raise ValueError(f"the reward is {score.reward}")
     return Episode(task, prompt_ids, completion, sampling.temperature, score)
 
 

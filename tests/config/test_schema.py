@@ -38,6 +38,7 @@ from slurmkit.job.spec import JobSpec
         ("data", {"train": {"data_path": "x.jsonl"}}, "data.train.data_path must be null"),
         ("checkpointing", {"metric_name": "val:acuracy"}, "'val:accuracy'"),
         ("loss_fn", {"ratio_clip_min": float("nan")}, "ratio_clip_min"),
+        ("loss_fn", {"use_cispo": True, "disable_ppo_ratio": True}, "exclude each other"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_reason(
@@ -45,6 +46,16 @@ def test_what_cannot_work_is_refused_with_its_reason(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         tiny_config(tmp_path, **{section: values})
+
+
+def test_a_loss_that_does_not_fit_the_rest_is_refused(tmp_path: Path) -> None:
+    forced = {"loss_fn": {"force_on_policy_ratio": True}}
+    assert tiny_config(tmp_path, **forced).loss_fn.force_on_policy_ratio
+    with pytest.raises(ValidationError, match=r"train_global_batch_size 2 makes 2 updates .* set it to 4"):
+        tiny_config(tmp_path, **forced, policy={"train_global_batch_size": 2})
+    in_reward = {"use_kl_in_reward": True, "reference_policy_kl_penalty": 0.1, "reference_policy_kl_type": "k1"}
+    with pytest.raises(ValidationError, match="maxrl divides by a mean"):
+        tiny_config(tmp_path, loss_fn=in_reward, grpo={"adv_estimator": {"name": "maxrl"}})
 
 
 def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy
 import pytest
 from tiny import make_tiny_model
 
+from slurmkit.config.algorithm import Grpo, LossFn
 from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Environment, Message, Score, Task
 from slurmkit.errors import Failure
 from slurmkit.generation.engine import Completion, SamplingParams
-from slurmkit.grpo.credit import credit
+from slurmkit.grpo.batch import loss_weights
+from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect
+from slurmkit.rollout.episode import Episode
+from slurmkit.rollout.sample import Sample
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +81,30 @@ def play(chat: Chat, domain: Arithmetic, replies: Sequence[str | None], tasks: i
     )
 
 
+def judge(groups: Sequence[Group], grpo: Grpo) -> tuple[list[Sample], dict[str, float]]:
+    return credit(groups, make_samples(groups), grpo, LossFn())
+
+
 def test_a_sample_is_the_templates_prompt_and_the_sampled_tokens(chat: Chat) -> None:
     groups = play(chat, Arithmetic(ArithmeticEnv(), 1), ["3", "4"])
-    samples, _ = credit(groups, normalize=False, leave_one_out=True)
+    samples, _ = judge(groups, Grpo(normalize_rewards=False))
     prompt = chat.prompt_ids([Message("user", "1+1+1=")])
-    assert samples[0].token_ids == prompt + chat.reply_ids("3")
-    assert samples[0].loss_mask == (0,) * len(prompt) + (1, 1)
-    assert samples[0].logprobs == (0.0,) * len(prompt) + (-0.5, -0.5)
-    assert samples[0].advantage == (0.0,) * len(prompt) + (1.0, 1.0)
+    assert tuple(samples[0].token_ids.tolist()) == prompt + chat.reply_ids("3")
+    # The end-of-sequence token is one that the policy chose, whatever it is padded with elsewhere.
+    assert samples[0].token_ids[-1] == chat.reply_ids("")[-1]
+    assert samples[0].loss_mask.tolist() == [False] * len(prompt) + [True, True]
+    assert samples[0].logprobs.tolist() == [0.0] * len(prompt) + [-0.5, -0.5]
+    assert samples[0].advantage.tolist() == [0.0] * len(prompt) + [1.0, 1.0]
     assert samples[1].advantage[-1] == -1.0
     assert samples[0].weight_version == 3
+    assert [sample.rollout_id for sample in samples] == [0, 1]
 
 
 @pytest.mark.parametrize("hang", [False, True])
 def test_an_episode_whose_environment_fails_is_counted_and_no_zero(chat: Chat, hang: bool) -> None:
     # The third is broken, so right and wrong among the other three: means over 3, not over 4.
     groups = play(chat, Breaking(hang), ["3", "3", "3", "4"])
-    samples, metrics = credit(groups, normalize=False, leave_one_out=False)
+    samples, metrics = judge(groups, Grpo(normalize_rewards=False, use_leave_one_out_baseline=False))
     assert metrics["train:broken_episodes"] == 1
     assert metrics["train:reward_mean"] == pytest.approx(2 / 3)
     assert [sample.advantage[-1] for sample in samples] == pytest.approx([1 / 3, 1 / 3, -2 / 3])
@@ -99,13 +113,102 @@ def test_an_episode_whose_environment_fails_is_counted_and_no_zero(chat: Chat, h
 
 def test_groups_without_signal_are_counted_by_reason(chat: Chat) -> None:
     groups = play(chat, Arithmetic(ArithmeticEnv(), 1), ["3", "3", "4", "5", None, "3", "3", "4"], tasks=4)
-    samples, metrics = credit(groups, normalize=True, leave_one_out=False)
+    samples, metrics = judge(groups, Grpo(use_leave_one_out_baseline=False))
     assert metrics["train:groups_with_signal"] == 1
     assert metrics["train:dropped_groups/all_correct"] == 1
     assert metrics["train:dropped_groups/none_correct"] == 1
     assert metrics["train:dropped_groups/too_few_episodes"] == 1
     assert metrics["train:prompts_too_long"] == 1
     assert len(samples) == 7
+    # Of all episodes, not of those alone that teach something.
+    assert metrics["train:accuracy"] == pytest.approx(4 / 8)
+    assert metrics["train:reward_mean"] == pytest.approx(4 / 8)
+
+
+def an_episode(reward: float, logprobs: Sequence[float | None], correct: bool = True) -> Episode:
+    completion = Completion(tuple(range(9, 9 + len(logprobs))), tuple(logprobs), "stop", 0)  # type: ignore[arg-type]
+    return Episode(TASK, (1, 2), completion, 1.0, Score(reward, correct))
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan, -math.inf, math.inf])
+def test_a_token_without_a_logprob_leaves_the_loss_and_its_denominator(unknown: float | None) -> None:
+    group = Group(TASK, (an_episode(1.0, [-0.5, unknown, -0.5]), an_episode(0.0, [-0.5] * 2)), ())
+    samples, metrics = judge([group], Grpo())
+    assert samples[0].loss_mask.tolist() == [False, False, True, False, True]
+    assert samples[0].logprobs.tolist() == [0.0, 0.0, -0.5, 0.0, -0.5]
+    assert samples[0].advantage.tolist() == [0.0, 0.0, 1.0, 0.0, 1.0]
+    assert metrics["train:tokens_without_logprob"] == 1
+    assert loss_weights(samples, LossFn()) == [1 / 4] * 2
+    assert loss_weights(samples, LossFn(token_level_loss=False)) == [1 / 4] * 2
+
+
+def test_a_reward_that_is_no_number_is_the_environments_fault_and_counted(chat: Chat) -> None:
+    class Odd(Arithmetic):
+        def environment(self) -> Environment:  # type: ignore[override]
+            environment = super().environment()
+            environment.score = self._odd  # type: ignore[method-assign]
+            return environment
+
+        async def _odd(self) -> Score:
+            return Score(math.nan, correct=False)
+
+    (group,) = play(chat, Odd(ArithmeticEnv(), 1), ["3", "4"])
+    assert group.episodes == ()
+    assert "the reward is nan" in group.broken[0]
+
+
+def test_logprobs_must_be_as_many_as_tokens() -> None:
+    with pytest.raises(ValueError, match="2 tokens with 1 logprobs"):
+        Completion((1, 2), (-0.5,), "stop", 0)
+
+
+def test_the_kl_of_the_whole_episode_lowers_its_reward_before_the_advantage() -> None:
+    group = Group(TASK, (an_episode(1.0, [-0.5, None, -0.7]), an_episode(1.0, [-0.5])), ())
+    references = [[math.nan, 0.0, -0.6, -9.0, -1.7], [0.0, 0.0, -0.5]]
+    samples = [
+        replace(sample, reference_logprobs=numpy.array(each, numpy.float32))
+        for sample, each in zip(make_samples([group]), references, strict=True)
+    ]
+    grpo = Grpo(normalize_rewards=False)
+    loss_fn = LossFn(reference_policy_kl_penalty=0.5, reference_policy_kl_type="k1", use_kl_in_reward=True)
+    credited, metrics = credit([group], samples, grpo, loss_fn)
+    # 0.1 on the first token and 1.0 on the third; the second is in nothing.
+    assert credited[0].advantage[-1] == pytest.approx(-0.55, abs=1e-6)
+    assert credited[1].advantage[-1] == pytest.approx(0.55, abs=1e-6)
+    assert metrics["train:groups_with_signal"] == 1
+    assert metrics["train:kl_penalty"] == pytest.approx(1.1 / 3, abs=1e-6)
+    assert metrics["train:reward_mean"] == 1.0
+    # The policy's own logprobs are the better ones, where they are known.
+    own = [replace(sample, prev_logprobs=sample.reference_logprobs) for sample in samples]
+    credited, metrics = credit([group], own, grpo, loss_fn)
+    assert metrics["train:kl_penalty"] == 0
+    assert not credited[0].advantage.any()
+    with pytest.raises(ValueError, match="reference_logprobs"):
+        credit([group], make_samples([group]), grpo, loss_fn)
+
+
+def test_an_episode_that_became_several_samples_has_one_advantage_and_its_kl_once() -> None:
+    group = Group(TASK, (an_episode(1.0, [-0.5, -0.7]), an_episode(0.0, [-0.5])), ())
+    first, second = make_samples([group])
+    first, second = (
+        replace(sample, reference_logprobs=sample.logprobs - sample.loss_mask.astype(numpy.float32))
+        for sample in (first, second)
+    )
+    parts = [replace(first, loss_mask=numpy.array([False, False, index == 0, index == 1])) for index in range(2)]
+    grpo = Grpo(normalize_rewards=False)
+    loss_fn = LossFn(reference_policy_kl_penalty=0.1, reference_policy_kl_type="k1", use_kl_in_reward=True)
+    whole, _ = credit([group], [first, second], grpo, loss_fn)
+    split, metrics = credit([group], [*parts, second], grpo, loss_fn)
+    assert whole[0].advantage[-1] == pytest.approx(1 - 0.2 + 0.1, abs=1e-6)
+    assert split[0].advantage.tolist() == pytest.approx([0, 0, whole[0].advantage[-1], 0])
+    assert split[1].advantage.tolist() == pytest.approx([0, 0, 0, whole[0].advantage[-1]])
+    assert metrics["train:kl_penalty"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_groups_whose_rewards_are_equal_though_some_are_wrong_are_told_apart() -> None:
+    group = Group(TASK, (an_episode(0.5, [-0.5]), an_episode(0.5, [-0.5], correct=False)), ())
+    _, metrics = judge([group], Grpo())
+    assert metrics["train:dropped_groups/equal_rewards"] == 1
 
 
 def test_a_failing_engine_is_not_taken_for_a_broken_environment(chat: Chat) -> None:
