@@ -37,6 +37,7 @@ from slurmkit.generation.weights import Weights
 from slurmkit.grpo.batch import MicroBatch, OptimizerStep
 from slurmkit.grpo.checkpoint import flush
 from slurmkit.grpo.loss import LossSums, clipped_policy_loss
+from slurmkit.grpo.policy_model import PolicyModel
 
 # The whole state on the CPU of rank 0, under the names of the unsharded model: any other number of ranks can load it.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -92,14 +93,15 @@ class PolicyWorker:
         disable_progress_bar()
         self._version = version
         self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(self._device)
+        self._policy = PolicyModel(self._model, logprob_chunk_size=self._config.policy.logprob_chunk_size)
         mesh = init_device_mesh(self._device.type, (self._num_ranks,))
         precision = MixedPrecisionPolicy(
             param_dtype=getattr(torch, self._config.policy.precision), reduce_dtype=torch.float32
         )
         for layer in self._model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(self._model, mesh=mesh, mp_policy=precision)
-        self._model.train()
+        fully_shard(self._policy, mesh=mesh, mp_policy=precision)
+        self._policy.train()
         settings = self._config.policy.optimizer.kwargs
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),
@@ -127,17 +129,15 @@ class PolicyWorker:
     def _forward_backward(self, micro_batch: MicroBatch) -> LossSums:
         token_ids_T = micro_batch.token_ids_T.to(self._device)
         position_ids_T = micro_batch.position_ids_T.to(self._device)
-        # Without an attention mask, transformers takes each restart of the positions for the start of a sequence.
-        logits_TV = self._model(input_ids=token_ids_T[None], position_ids=position_ids_T[None], use_cache=False).logits[
-            0
-        ]
-        logits_TV = logits_TV[:-1].float() / self._config.policy.generation.temperature
-        picked_T = logits_TV.gather(-1, token_ids_T[1:, None])[:, 0]
+        mask_T = micro_batch.mask_T.to(self._device)
+        logprobs_T, _ = self._policy(
+            token_ids_T, position_ids_T, micro_batch.lengths, self._config.policy.generation.temperature, mask_T
+        )
         loss, sums = clipped_policy_loss(
-            torch.nn.functional.pad(picked_T - logits_TV.logsumexp(-1), (1, 0)),
+            logprobs_T,
             micro_batch.sampled_logprobs_T.to(self._device),
             micro_batch.advantages_T.to(self._device),
-            micro_batch.mask_T.to(self._device),
+            mask_T,
             micro_batch.weights_T.to(self._device),
             clip_min=self._config.loss_fn.ratio_clip_min,
             clip_max=self._config.loss_fn.ratio_clip_max,
