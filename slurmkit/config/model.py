@@ -89,7 +89,7 @@ class Policy(Section):
     sequence_packing: SequencePacking = SequencePacking()
     """Sequences lie end to end in a micro-batch, without padding, and none sees another."""
     logprob_chunk_size: Count | None = None
-    """Tokens whose logits exist at one time, forward and backward; null is as many as make 2**25 logits."""
+    """Tokens whose logits exist at one time, forward and backward; null is as many as fill 32 MiB, on a GPU 1 GiB."""
     max_total_sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of prompt and completion together; a longer prompt is not trained on."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"

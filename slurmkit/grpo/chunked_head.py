@@ -1,6 +1,7 @@
 """Logprobs and entropy from hidden states, so that the logits of all positions never exist at once.
 
-Shapes: T positions, M of them whose successors' logprobs are wanted, C of them in a chunk, D width of the model, V vocabulary.
+Shapes: T positions, M of them whose successors' logprobs are wanted, C of those in a chunk, D width of the model,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
-# Logits of one chunk where its size is not given: 128 MiB in float32, whatever the vocabulary.
-_LOGITS_OF_A_CHUNK = 1 << 25
+# Logits of a chunk whose size is not given: 32 MiB in float32 stay near a CPU's caches; on a GPU every chunk reads and
+# writes the weight's whole gradient, which 1 GiB of logits make small.
+_CPU_LOGITS, _GPU_LOGITS = 1 << 23, 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,8 @@ def chunked_logprobs(
 
     `target_ids_M` are the tokens that follow the hidden states at `positions_M`, of which each occurs once: the caller
     has shifted them. At most `chunk_size` positions have logits at a time, which backward computes once more; None is
-    as many as make 2**25 logits. Both results are [M], in float32 or the model's own type if that is finer, and carry
-    gradients, which for the weight are added up in that type.
+    as many as fill 32 MiB, on a GPU 1 GiB. Both results are [M], in float32 or the model's own type if that is finer,
+    and carry gradients, which for the weight are added up in that type.
     """
     logprobs_M, entropy_M = _ChunkedLogprobs.apply(hidden_TD, weight_VD, positions_M, target_ids_M, form, chunk_size)  # type: ignore[no-untyped-call]
     return logprobs_M, entropy_M
@@ -52,6 +54,14 @@ def _product(left: torch.Tensor, right: torch.Tensor, kind: torch.dtype) -> torc
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=kind)
     return left.to(kind) @ right.to(kind)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, added up in the total's type."""
+    if left.dtype == right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right, total.dtype)
 
 
 def _logits(
@@ -67,9 +77,9 @@ def _logits(
     return logits_CV.div_(form.temperature), slope_CV
 
 
-def _chunks(num_positions: int, vocabulary: int, chunk_size: int | None) -> Iterator[slice]:
-    size = chunk_size or max(1, _LOGITS_OF_A_CHUNK // vocabulary)
-    return (slice(first, first + size) for first in range(0, num_positions, size))
+def _chunks(positions_M: torch.Tensor, vocabulary: int, chunk_size: int | None) -> Iterator[slice]:
+    size = chunk_size or max(1, (_GPU_LOGITS if positions_M.is_cuda else _CPU_LOGITS) // vocabulary)
+    return (slice(first, first + size) for first in range(0, len(positions_M), size))
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -85,7 +95,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         kind = torch.promote_types(hidden_TD.dtype, torch.float32)
         logprobs_M, entropy_M, log_sum_M = hidden_TD.new_empty(3, len(positions_M), dtype=kind)
-        for part in _chunks(len(positions_M), len(weight_VD), chunk_size):
+        for part in _chunks(positions_M, len(weight_VD), chunk_size):
             logits_CV, _ = _logits(hidden_TD[positions_M[part]], weight_VD, form, kind)
             highest_C1 = logits_CV.amax(-1, keepdim=True)
             logits_CV.sub_(highest_C1)
@@ -109,7 +119,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=kind) if ctx.needs_input_grad[1] else None
         if d_logprobs_M is None:
             d_logprobs_M = torch.zeros_like(entropy_M)
-        for part in _chunks(len(positions_M), len(weight_VD), ctx.chunk_size):
+        for part in _chunks(positions_M, len(weight_VD), ctx.chunk_size):
             d_logprobs_C1 = d_logprobs_M[part, None]
             hidden_CD = hidden_TD[positions_M[part]]
             logits_CV, slope_CV = _logits(hidden_CD, weight_VD, form, kind)
@@ -128,5 +138,5 @@ class _ChunkedLogprobs(torch.autograd.Function):
             d_logits_CV = d_logits_CV.to(hidden_TD.dtype)
             d_hidden_TD[positions_M[part]] = d_logits_CV @ weight_VD
             if d_weight_VD is not None:
-                d_weight_VD += _product(d_logits_CV.T, hidden_CD, kind)
+                _add_product(d_weight_VD, d_logits_CV.T, hidden_CD)
         return d_hidden_TD, d_weight_VD, None, None, None, None

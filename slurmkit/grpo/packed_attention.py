@@ -10,7 +10,6 @@ N rows of L positions in one bucket.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -184,26 +183,27 @@ def _rows(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    tensors = (query_THD, key_THD, value_THD)
-    if packing.padded is not None:
-        tensors = tuple(_ToRows.apply(x_THD, packing) for x_THD in tensors)  # type: ignore[assignment]
+    padded = packing.padded is not None
     sizes = [rows * length for rows, length in packing.buckets]
+    tensors: list[Any] = [query_THD, key_THD, value_THD]
+    if padded:
+        tensors = [_ToRows.apply(x_THD, packing) for x_THD in tensors]  # type: ignore[no-untyped-call]
     results = []
     for (rows, length), *parts in zip(packing.buckets, *(x_PHD.split(sizes) for x_PHD in tensors), strict=True):
         query_NHLD, key_NHLD, value_NHLD = (part.unflatten(0, (rows, length)).transpose(1, 2) for part in parts)
-        banded = window is not None and window < length
+        band = packing.band(length, window) if window is not None and window < length else None
         result_NHLD = scaled_dot_product_attention(
             query_NHLD,
             key_NHLD,
             value_NHLD,
-            attn_mask=packing.band(length, window) if banded and window else None,
-            is_causal=not banded,
+            attn_mask=band,
+            is_causal=band is None,
             scale=scaling,
             enable_gqa=query_NHLD.shape[1] != key_NHLD.shape[1],
         )
         results.append(result_NHLD.transpose(1, 2).flatten(0, 1))
-    result_PHD = torch.cat(results) if len(results) > 1 else results[0]
-    return result_PHD if packing.padded is None else _FromRows.apply(result_PHD, packing)  # type: ignore[no-any-return]
+    result: Any = torch.cat(results) if len(results) > 1 else results[0]
+    return _FromRows.apply(result, packing) if padded else result  # type: ignore[no-any-return, no-untyped-call]
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -127,18 +127,15 @@ class PolicyWorker:
         return StepResult(reduce(add, results), float(norm))
 
     def _forward_backward(self, micro_batch: MicroBatch) -> LossSums:
-        token_ids_T = micro_batch.token_ids_T.to(self._device)
-        position_ids_T = micro_batch.position_ids_T.to(self._device)
-        mask_T = micro_batch.mask_T.to(self._device)
-        logprobs_T, _ = self._policy(
-            token_ids_T, position_ids_T, micro_batch.lengths, self._config.policy.generation.temperature, mask_T
-        )
+        batch = micro_batch.to(self._device)
+        temperature = self._config.policy.generation.temperature
+        logprobs_T, _ = self._policy(batch.token_ids_T, batch.position_ids_T, batch.lengths, temperature, batch.mask_T)
         loss, sums = clipped_policy_loss(
             logprobs_T,
-            micro_batch.sampled_logprobs_T.to(self._device),
-            micro_batch.advantages_T.to(self._device),
-            mask_T,
-            micro_batch.weights_T.to(self._device),
+            batch.sampled_logprobs_T,
+            batch.advantages_T,
+            batch.mask_T,
+            batch.weights_T,
             clip_min=self._config.loss_fn.ratio_clip_min,
             clip_max=self._config.loss_fn.ratio_clip_max,
         )
