@@ -88,6 +88,8 @@ class Policy(Section):
     """Sequences of full length that one forward and backward on one rank has room for; shorter ones are more."""
     sequence_packing: SequencePacking = SequencePacking()
     """Sequences lie end to end in a micro-batch, without padding, and none sees another."""
+    logprob_chunk_size: Count | None = None
+    """Tokens whose logits exist at one time, forward and backward; null is as many as fill 32 MiB, on a GPU 1 GiB."""
     max_total_sequence_length: Annotated[int, Field(ge=2)] = 512
     """Tokens of prompt and completion together; a longer prompt is not trained on."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -14,6 +14,7 @@ MAY_DIFFER = frozenset(
         *(
             "policy.train_micro_batch_size",
             "policy.sequence_packing",
+            "policy.logprob_chunk_size",
             "policy.generation.max_batch_size",
             "env.timeout_seconds",
         ),

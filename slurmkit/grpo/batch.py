@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from heapq import heappop, heappush, heapreplace
 from typing import Any
 
 import numpy
@@ -15,6 +16,9 @@ import torch
 
 from slurmkit.config.algorithm import LossFn
 from slurmkit.rollout.sample import Sample
+
+# Where attention costs a token as much as all the rest of the model: 10k for Qwen3-0.6B, 27k for Qwen3-4B.
+_QUADRATIC_LENGTH = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,17 @@ class MicroBatch:
             for field in fields(self)
         }
         return MicroBatch(**moved)
+
+    def __reduce__(self) -> Any:
+        """As numpy arrays: pickling tensors would take the driver ten times as long."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _unpickled, ({k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in values.items()},)
+
+
+def _unpickled(values: dict[str, Any]) -> MicroBatch:
+    # Copied, as what Ray hands over cannot be written to.
+    tensors: dict[str, Any] = {k: torch.tensor(v) for k, v in values.items() if isinstance(v, numpy.ndarray)}
+    return MicroBatch(**(values | tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,38 +126,60 @@ def loss_weights(samples: Sequence[Sample], loss_fn: LossFn) -> list[float]:
 def _micro_batches(
     samples: Sequence[tuple[Sample, float]], max_tokens: int, num_ranks: int
 ) -> tuple[tuple[MicroBatch, ...], ...]:
-    """Longest first to the rank with the least, then first fit; short ranks get micro-batches that train nothing."""
-    shares: list[list[tuple[Sample, float]]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for sample, weight in sorted(samples, key=lambda each: len(each[0].token_ids), reverse=True):
-        rank = loads.index(min(loads))
-        shares[rank].append((sample, weight))
-        loads[rank] += len(sample.token_ids)
-    packs = [_first_fit(share, max_tokens) for share in shares]
-    count = max(map(len, packs))
-    return tuple(tuple(map(_pack, [*pack, *[[]] * (count - len(pack))])) for pack in packs)
+    shares = share_out([len(sample.token_ids) for sample, _ in samples], max_tokens, num_ranks)
+    return tuple(tuple(pack([samples[index] for index in indices]) for indices in share) for share in shares)
 
 
-def _first_fit(samples: Sequence[tuple[Sample, float]], max_tokens: int) -> list[list[tuple[Sample, float]]]:
-    packs: list[list[tuple[Sample, float]]] = []
-    room: list[int] = []
-    for each in samples:
-        length = len(each[0].token_ids)
-        index = next((i for i, left in enumerate(room) if left >= length), None)
-        if index is None:
-            index = len(packs)
-            packs.append([])
-            room.append(max_tokens)
-        packs[index].append(each)
-        room[index] -= length
-    return packs
+def share_out(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """For each rank its micro-batches, as indices of sequences of these lengths. Each index is in one of them.
+
+    All ranks get equally many, if need be empty ones, and those that they work on at the same time are alike in work:
+    sharded layers make everybody wait for the slowest. Together a micro-batch's sequences are at most `max_tokens`
+    long. The same arguments give the same result. ValueError where a sequence is longer than a micro-batch.
+    """
+    if max(lengths, default=0) > max_tokens:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a micro-batch of {max_tokens}")
+    work = [length * (1 + length / _QUADRATIC_LENGTH) for length in lengths]
+    rounds = max(1, -(-sum(lengths) // (max_tokens * num_ranks)))
+    while (packs := _even_packs(lengths, work, max_tokens, rounds * num_ranks)) is None:
+        rounds += 1
+    # Neighbours in order of work are worked on at the same time, from the left and from the right in turn.
+    rows = [packs[first : first + num_ranks] for first in range(0, len(packs), num_ranks)]
+    return [
+        [list(row[rank if number % 2 == 0 else -1 - rank]) for number, row in enumerate(rows)]
+        for rank in range(num_ranks)
+    ]
 
 
-def _pack(samples: Sequence[tuple[Sample, float]]) -> MicroBatch:
+def _even_packs(
+    lengths: Sequence[int], work: Sequence[float], max_tokens: int, count: int
+) -> list[tuple[int, ...]] | None:
+    """Longest first, each to the pack with the least work that has room; most work first. None if one finds no room."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    rooms = [max_tokens] * count
+    queue = [(0.0, number) for number in range(count)]
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        passed = []
+        while rooms[queue[0][1]] < lengths[index]:
+            passed.append(heappop(queue))
+            if not queue:
+                return None
+        load, number = queue[0]
+        heapreplace(queue, (load + work[index], number))
+        packs[number].append(index)
+        rooms[number] -= lengths[index]
+        for entry in passed:
+            heappush(queue, entry)
+    return [tuple(packs[number]) for _, number in sorted(queue, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def pack(samples: Sequence[tuple[Sample, float]]) -> MicroBatch:
+    """Samples, each with what its tokens weigh, end to end; of none, one token that trains nothing."""
     if not samples:
         nothing = torch.zeros(1)
         return MicroBatch(nothing.long(), nothing.long(), (1,), nothing.bool(), *[nothing] * 5)
-    lengths = tuple(len(sample.token_ids) for sample, _ in samples)
+    lengths = [len(sample.token_ids) for sample, _ in samples]
+    starts = numpy.cumsum(lengths) - lengths
 
     def joined(name: str, kind: type) -> torch.Tensor:
         return torch.from_numpy(numpy.concatenate([getattr(sample, name) for sample, _ in samples], dtype=kind))
@@ -150,14 +187,15 @@ def _pack(samples: Sequence[tuple[Sample, float]]) -> MicroBatch:
     def joined_if_there(name: str) -> torch.Tensor | None:
         return None if getattr(samples[0][0], name) is None else joined(name, numpy.float32)
 
+    weights = numpy.array([weight for _, weight in samples], numpy.float32)
     return MicroBatch(
         token_ids_T=joined("token_ids", numpy.int64),
-        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        lengths=lengths,
+        position_ids_T=torch.from_numpy(numpy.arange(sum(lengths)) - numpy.repeat(starts, lengths)),
+        lengths=tuple(lengths),
         mask_T=joined("loss_mask", numpy.bool_),
         sampled_logprobs_T=joined("logprobs", numpy.float32),
         advantages_T=joined("advantage", numpy.float32),
-        weights_T=torch.repeat_interleave(torch.tensor([weight for _, weight in samples]), torch.tensor(lengths)),
+        weights_T=torch.from_numpy(numpy.repeat(weights, lengths)),
         prev_logprobs_T=joined_if_there("prev_logprobs"),
         reference_logprobs_T=joined_if_there("reference_logprobs"),
     )

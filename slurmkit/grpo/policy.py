@@ -38,6 +38,7 @@ from slurmkit.grpo.batch import MicroBatch, OptimizerStep
 from slurmkit.grpo.checkpoint import flush
 from slurmkit.grpo.loss import policy_loss
 from slurmkit.grpo.loss_sums import LossSums
+from slurmkit.grpo.policy_model import PolicyModel
 
 # The whole state on the CPU of rank 0, under the names of the unsharded model: any other number of ranks can load it.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -93,14 +94,15 @@ class PolicyWorker:
         disable_progress_bar()
         self._version = version
         self._model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(self._device)
+        self._policy = PolicyModel(self._model, logprob_chunk_size=self._config.policy.logprob_chunk_size)
         mesh = init_device_mesh(self._device.type, (self._num_ranks,))
         precision = MixedPrecisionPolicy(
             param_dtype=getattr(torch, self._config.policy.precision), reduce_dtype=torch.float32
         )
         for layer in self._model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(self._model, mesh=mesh, mp_policy=precision)
-        self._model.train()
+        fully_shard(self._policy, mesh=mesh, mp_policy=precision)
+        self._policy.train()
         settings = self._config.policy.optimizer.kwargs
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(),
@@ -127,15 +129,11 @@ class PolicyWorker:
 
     def _forward_backward(self, micro_batch: MicroBatch) -> LossSums:
         batch = micro_batch.to(self._device)
-        # Without an attention mask, transformers takes each restart of the positions for the start of a sequence.
-        logits_TV = self._model(
-            input_ids=batch.token_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False
-        ).logits[0]
-        logprobs_TV = (logits_TV[:-1].float() / self._config.policy.generation.temperature).log_softmax(-1)
-        logprobs_T = logprobs_TV.gather(-1, batch.token_ids_T[1:, None])[:, 0]
-        entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
-        pad = torch.nn.functional.pad
-        loss, sums = policy_loss(pad(logprobs_T, (1, 0)), pad(entropy_T, (1, 0)), batch, self._config.loss_fn)
+        temperature = self._config.policy.generation.temperature
+        logprobs_T, entropy_T = self._policy(
+            batch.token_ids_T, batch.position_ids_T, batch.lengths, temperature, batch.mask_T
+        )
+        loss, sums = policy_loss(logprobs_T, entropy_T, batch, self._config.loss_fn)
         # FSDP averages gradients over ranks; the loss is already a sum of the ranks' parts of one mean.
         torch.autograd.backward(loss * self._num_ranks)
         return sums
