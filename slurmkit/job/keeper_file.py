@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent.parent / "keeper"
-_MODULES = ("meeting", "chain", "follow_up", "judge", "watch", "node", "main")
+_MODULES = ("meeting", "chain", "follow_up", "judge", "watch", "stand_in", "node", "main")
 _OWN_IMPORT = re.compile(r"^from slurmkit\.keeper\.\w+ import [\w, ]+\n", re.MULTILINE)
 
 

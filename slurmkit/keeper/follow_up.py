@@ -16,13 +16,14 @@ PATIENCE = 300.0
 class FollowUp:
     """The next attempt: it waits in the queue from this one's start, and goes on where this one ends."""
 
-    def __init__(self, meeting: Meeting) -> None:
+    def __init__(self, meeting: Meeting, queues: bool = True) -> None:
         self._meeting = meeting
         self._script = os.path.join(meeting.run, "job.sbatch")
         self._job = os.environ["SLURM_JOB_ID"]
         self._is_wanted = True
         self._thread = threading.Thread(target=self._queue, daemon=True)
-        self._thread.start()
+        if queues:
+            self._thread.start()
 
     @property
     def job(self) -> str:
@@ -89,7 +90,8 @@ class FollowUp:
         names = ",".join(nodes)
         every = ",".join(filter(None, [excluded, names]))
         fits = ask("sbatch", "--test-only", "--exclude=" + every, self._script) is not None
-        if fits and ask("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + every) is not None:
+        # Without them it need not wait until Slurm takes a dead one for down, as this job's end does.
+        if fits and ask("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + every, "Dependency=") is not None:
             tell("and without " + names)
         else:
             tell(f"{names} may be used again: without, the job would fit nowhere")

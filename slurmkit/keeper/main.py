@@ -1,12 +1,14 @@
 """The parts of the keeper as one command."""
 
 import argparse
+import os
 import signal
 import sys
 
 from slurmkit.keeper.chain import Limits, begin
 from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
+from slurmkit.keeper.stand_in import StandIn
 from slurmkit.keeper.watch import Watch
 
 
@@ -31,7 +33,8 @@ def main() -> int:
     elif options.part == "watch":
         return Watch(meeting, limits, options.watchdog, options.exclude).until_over()
     else:
-        Node(meeting).run()
+        is_second = os.environ["SLURM_NODEID"] == "1"
+        Node(meeting, StandIn(meeting, limits, options.exclude) if is_second else None).run()
     return 0
 
 

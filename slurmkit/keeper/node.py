@@ -6,16 +6,18 @@ import shutil
 import signal
 import time
 from contextlib import suppress
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 from slurmkit.keeper.meeting import BEAT, Meeting, size_of, text_of, write
+from slurmkit.keeper.stand_in import StandIn
 
 
 class Node:
     """One node's part. It ends with the shell that started it, or when that tells it to leave (HUP)."""
 
-    def __init__(self, meeting: Meeting, root: str = "/sys/fs/cgroup") -> None:
+    def __init__(self, meeting: Meeting, stand_in: Optional[StandIn] = None, root: str = "/sys/fs/cgroup") -> None:
         self._meeting = meeting
+        self._stand_in = stand_in
         self._root = root
         self._name = os.environ["SLURMD_NODENAME"]
         self._rank = int(os.environ["SLURM_NODEID"])
@@ -37,6 +39,8 @@ class Node:
             if time.monotonic() >= due:
                 beat, due = beat + 1, time.monotonic() + BEAT
                 self._meeting.publish(f"alive.{self._rank}", f"{self._name} {beat}")
+                if self._stand_in and not self._meeting.of("failed"):
+                    self._stand_in.look()
             if self._meeting.has("stacks") and not self._has_stacks:
                 self._has_stacks = True
                 self.write_stacks()

@@ -21,15 +21,18 @@ LEAVING, STACKS = 30.0, 20.0
 class Watch:
     """The whole job, from its first node."""
 
-    def __init__(self, meeting: Meeting, limits: Limits, watchdog: Optional[float], excluded: str) -> None:
+    def __init__(
+        self, meeting: Meeting, limits: Limits, watchdog: Optional[float], excluded: str, stands_in: bool = False
+    ) -> None:
+        """`excluded`: nodes that the job does without anyway. Who stands in for another queues no follow-up."""
         self._meeting = meeting
         self._chain = Chain(meeting, limits, time.time())
         self._watchdog = None if watchdog is None else watchdog * 60
         self._excluded = excluded
         self._nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-        self._follow_up: Optional[FollowUp] = None
+        self.follow_up: Optional[FollowUp] = None
         if limits.until_done and not self._chain.end(self._chain.number, 0, time.time()):
-            self._follow_up = FollowUp(meeting)
+            self.follow_up = FollowUp(meeting, queues=not stands_in)
         self._why = ""
         self._is_cancelled = False
         self._looked = time.monotonic()
@@ -48,7 +51,7 @@ class Watch:
             time.sleep(0.2)
         if self._meeting.has("signal.TERM"):
             self._ask_slurm()
-        return self._conclude()
+        return self.conclude()
 
     def look(self) -> None:
         """Once at everything."""
@@ -56,6 +59,7 @@ class Watch:
             self._ask_slurm()
         if time.monotonic() >= self._looked + BEAT:
             self._looked = time.monotonic()
+            self._meeting.publish("watching", str(self._looked))
             self._look_at_nodes()
             self._look_at_progress()
         self._end_step()
@@ -71,9 +75,10 @@ class Watch:
             missed = missed + 1 if beat == last else 0
             self._beats[rank] = beat, missed
             if missed >= looks and rank not in left and not self._meeting.has("lost." + rank):
-                self._lose(rank, name, f"no sign of life for {looks * BEAT:g} s")
+                self.lose(rank, name, f"no sign of life for {looks * BEAT:g} s")
 
-    def _lose(self, rank: str, name: str, reason: str) -> None:
+    def lose(self, rank: str, name: str, reason: str) -> None:
+        """A node is gone: tell the others, which leave."""
         self._meeting.publish("lost." + rank, name)
         self._meeting.publish("bad." + name, reason)
         self._meeting.publish("failed." + name, reason)
@@ -115,7 +120,7 @@ class Watch:
         ranks = {text.partition(" ")[0]: rank for rank, text in self._meeting.of("alive").items()}
         down = ask("sinfo", "-h", "-N", "-t", "down", "-n", os.environ["SLURM_JOB_NODELIST"], "-o", "%N", timeout=5)
         for name in sorted(set((down or "").split())):
-            self._lose(ranks.get(name, name), name, "Slurm says that it is down")
+            self.lose(ranks.get(name, name), name, "Slurm says that it is down")
 
     def _end_step(self) -> None:
         """End an srun that would wait for a lost node until Slurm gives that up, when all others have left."""
@@ -130,7 +135,7 @@ class Watch:
                 os.kill(int(self._meeting.text("srun")), signal.SIGKILL)
             self._leaving = time.monotonic() + LEAVING
 
-    def _conclude(self) -> int:
+    def conclude(self) -> int:
         """Say what ended the attempt, record it, and let the run go on, or not."""
         verdict = judge(self._meeting, self._why, self._is_cancelled)
         for text, log in verdict.said:
@@ -149,17 +154,17 @@ class Watch:
         if goes_on and not stop:
             # For whoever looks, and for the follow-up, should Slurm kill this job while it waits.
             self._meeting.record("end.json", dict(end, goes_on=True))
-            if self._follow_up is None or not self._follow_up.await_registration():
+            if self.follow_up is None or not self.follow_up.await_registration():
                 stop = "Slurm gives no answer, and no follow-up could be queued"
         if stop:
             goes_on = False
             end["reason"] += "; " + stop
             tell(stop)
         self._meeting.record("end.json", dict(end, goes_on=goes_on))
-        if self._follow_up is not None:
+        if self.follow_up is not None:
             if goes_on:
-                self._follow_up.take_over(verdict.bad_nodes, self._excluded)
+                self.follow_up.take_over(verdict.bad_nodes, self._excluded)
             else:
-                self._follow_up.cancel()
+                self.follow_up.cancel()
         self._meeting.publish("code", str(verdict.code))
         return verdict.code

@@ -245,9 +245,8 @@ def test_a_node_that_dies_in_training_is_noticed_and_the_run_goes_on_elsewhere(
         assert f"node node2: no sign of life for {seconds} s" in job.output()
         assert end["ended"] - began < 45
         assert left_on(machines, "node1") == []
-        wait_until(lambda: job.state() == "COMPLETING", "the job is over, though Slurm waits for the dead node")
-        machine(machines, "start-node", "node2")
         job.is_up(following)
+        assert job.state() == "COMPLETING", "Slurm waits for the dead node"
         (here / "enough").touch()
         assert job.end(following)["code"] == 0
         start = json.loads((job.attempt(following) / "start.json").read_text())
@@ -258,6 +257,28 @@ def test_a_node_that_dies_in_training_is_noticed_and_the_run_goes_on_elsewhere(
         }
     finally:
         machine(machines, "start-node", "node2")
+
+
+def test_where_the_first_node_dies_the_second_ends_the_job_and_the_run_goes_on(
+    machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int
+) -> None:
+    job = submit(machines, here, "--until-done")
+    job.is_up()
+    following = job.next()
+    began = time.time()
+    machine(machines, "kill-node", "node1")
+    try:
+        end = job.end()
+        tell("first node dead in training, until the job's end is written", end["ended"] - began)
+        assert (end["code"], end["bad_nodes"], end["goes_on"], end["cancelled"]) == (75, ["node1"], True, False)
+        assert end["reason"] == "node node1: no sign of life for 20 s"
+        job.is_up(following)
+        (here / "enough").touch()
+        assert job.end(following)["code"] == 0
+        start = json.loads((job.attempt(following) / "start.json").read_text())
+        assert (start["attempt"], start["nodes"]) == (2, "node[2-3]")
+    finally:
+        machine(machines, "start-node", "node1")
 
 
 def test_a_node_whose_raylet_dies_is_left_out_of_the_next_attempt(

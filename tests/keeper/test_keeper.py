@@ -271,7 +271,7 @@ def test_a_kill_for_memory_is_told_with_limit_and_peak_of_the_lowest_limited_cgr
     (job / f"memory.{limit}").write_text(str(600 << 20))
     (job / f"memory.{peak}").write_text(str(599 << 20))
     kills.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
-    node = Node(meeting, str(tmp_path))
+    node = Node(meeting, root=str(tmp_path))
     assert list(node.memory_reports()) == []
     kills.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
     assert list(node.memory_reports()) == ["a process was killed for memory: limit 600 MiB, peak 599 MiB"]
