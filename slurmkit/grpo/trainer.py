@@ -55,7 +55,7 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
         )
     checkpoints = Checkpoints(run_directory, config.checkpointing)
     found = starting_point(checkpoints, config)
-    order = TaskOrder(domain.train_tasks, seed=config.grpo.seed, shuffle=config.data.shuffle)
+    order = TaskOrder(domain.train_sources, seed=config.grpo.seed, shuffle=config.data.shuffle)
     if found is None:
         checkpoint, model_path = None, starting_model(config, domain, run_directory)
         state = TrainerState(0, 0, 0, 0, order.digest, {})
