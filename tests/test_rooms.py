@@ -11,7 +11,7 @@ import pytest
 from parts import REPOSITORY
 
 PACKAGE = REPOSITORY / "slurmkit"
-HEAVY = {"torch", "ray", "vllm", "transformers", "wandb"}
+HEAVY = {"torch", "ray", "vllm", "transformers", "wandb", "datasets", "pyarrow"}
 LOGIN_NODE = {"cli", "job", "slurm", "run", "config", "doctor"}
 TRAINER = {"grpo", "generation", "rollout", "envs"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
-from slurmkit.config.kinds import Count, Positive
+from slurmkit.config.kinds import Count, Finite, Positive
 from slurmkit.config.section import Field, Section, model_validator
 
 
@@ -22,6 +23,62 @@ class AdvEstimator(Section):
             raise ValueError(
                 f"minus_baseline false is an option of reinforce_plus_plus, and name is {self.name}, which compares "
                 "within the group in any case: set minus_baseline to true, or name to reinforce_plus_plus"
+            )
+        return self
+
+
+class RewardScaling(Section):
+    enabled: bool = False
+    """Map rewards linearly from [source_min, source_max] to [target_min, target_max]; others are clamped first."""
+    source_min: Finite = 0.0
+    """What becomes target_min."""
+    source_max: Finite = 1.0
+    """What becomes target_max."""
+    target_min: Finite = 0.0
+    """See source_min."""
+    target_max: Finite = 1.0
+    """See source_max."""
+
+    @model_validator(mode="after")
+    def _has_a_slope(self) -> Self:
+        if self.source_min >= self.source_max:
+            raise ValueError(f"source_min {self.source_min:g} must be less than source_max {self.source_max:g}")
+        return self
+
+
+class RewardShaping(Section):
+    """Rewards that follow a reply's length, after scaling: DAPO's soft penalty (arXiv 2503.14476, equation 13), or
+    less for every truncated reply."""
+
+    enabled: bool = False
+    """Shape rewards."""
+    overlong_buffer_length: Count | None = None
+    """Tokens before max_response_length over which the penalty grows from nothing to all of it."""
+    overlong_buffer_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """What a reply of max_response_length tokens loses of its reward."""
+    max_response_length: Count | None = None
+    """Tokens of a reply that cost the whole penalty; more cost no more."""
+    stop_properly_penalty_coef: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Instead of the soft penalty: a truncated reply's reward is multiplied by this."""
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> Self:
+        soft = {name: getattr(self, name) for name in ("overlong_buffer_length", "max_response_length")}
+        given = [f"{name} {value}" for name, value in soft.items() if value is not None]
+        if self.enabled and self.stop_properly_penalty_coef is not None and given:
+            raise ValueError(
+                f"stop_properly_penalty_coef {self.stop_properly_penalty_coef:g} takes the place of the soft penalty: "
+                f"set it, or {' and '.join(given)}, to null"
+            )
+        if self.enabled and self.stop_properly_penalty_coef is None and len(given) < 2:
+            missing = " and ".join(name for name, value in soft.items() if value is None)
+            raise ValueError(
+                f"the soft penalty needs {missing}; for truncated replies stop_properly_penalty_coef alone"
+            )
+        if self.enabled and (self.overlong_buffer_length or 0) > (self.max_response_length or 0):
+            raise ValueError(
+                f"overlong_buffer_length {self.overlong_buffer_length} is more than max_response_length "
+                f"{self.max_response_length}, before which it lies"
             )
         return self
 
@@ -45,6 +102,20 @@ class Grpo(Section):
     """Advantages below this are set to it; null leaves them."""
     advantage_clip_high: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Advantages above this are set to it; null leaves them."""
+    use_dynamic_sampling: bool = False
+    """Train on groups whose rewards differ alone, and draw further tasks until a step has enough of them (DAPO)."""
+    dynamic_sampling_max_gen_batches: Count = 10
+    """With dynamic sampling: give up when so many batches of tasks did not give a step its groups."""
+    batch_multiplier: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """With dynamic sampling: a batch is this many times num_prompts_per_step tasks; what is too much is discarded."""
+    overlong_filtering: bool = False
+    """Truncated replies count in their group's statistics and leave the loss."""
+    reward_scaling: RewardScaling = RewardScaling()
+    """Linear, before shaping."""
+    reward_shaping: RewardShaping = RewardShaping()
+    """By length."""
+    max_broken_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Give up when the environment broke in more than this part of a step's episodes; 1 never does."""
     val_period: Annotated[int, Field(ge=0)] = 10
     """Validate after every so many steps; 0 is never."""
     val_at_start: bool = False
@@ -53,6 +124,13 @@ class Grpo(Section):
     """Validate after the last step."""
     max_val_samples: Count | None = 256
     """Validation tasks, at most; null is all of them."""
+    val_num_generations_per_prompt: Count = 1
+    """Episodes per validation task; more than one also gives val:pass@k for k = 1, 2, 4 … up to as many."""
+    stop_at_validation_metric: str | None = None
+    """End the run, with everything saved, once this metric reaches its threshold: val:accuracy, val:reward_mean or a
+    val:pass@k."""
+    stop_at_validation_threshold: Finite | None = None
+    """The least value of stop_at_validation_metric that is good enough."""
     max_steps_without_signal: Count | None = 10
     """Give up after so many steps in a row in which no group had a right and a wrong answer; null never does."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
@@ -66,6 +144,63 @@ class Grpo(Section):
                 "minus_baseline false: an advantage compares the episodes of one task, so it needs 2 or more"
             )
         return self
+
+    @model_validator(mode="after")
+    def _maxrl_has_positive_rewards(self) -> Self:
+        shaping, scaling = self.reward_shaping, self.reward_scaling
+        if self.adv_estimator.name == "maxrl":
+            for key, lowers in (
+                ("reward_shaping.max_response_length", shaping.enabled and shaping.max_response_length is not None),
+                ("reward_scaling.target_min", scaling.enabled and min(scaling.target_min, scaling.target_max) < 0),
+            ):
+                if lowers:
+                    raise ValueError(
+                        f"adv_estimator.name maxrl divides by a mean reward that must be positive, and {key} makes "
+                        "rewards that are not: take another estimator, or leave the rewards positive"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _a_multiple_is_sampled_from(self) -> Self:
+        if self.batch_multiplier != 1 and not self.use_dynamic_sampling:
+            raise ValueError(
+                f"batch_multiplier {self.batch_multiplier:g} is of dynamic sampling: set use_dynamic_sampling to true, "
+                "or leave it at 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_run_can_stop(self) -> Self:
+        metric, threshold = self.stop_at_validation_metric, self.stop_at_validation_threshold
+        known = ["val:accuracy", "val:reward_mean", *(f"val:pass@{k}" for k in self.pass_at)]
+        if (metric is None) != (threshold is None):
+            raise ValueError(
+                f"stop_at_validation_metric {metric or 'null'} and stop_at_validation_threshold "
+                f"{'null' if threshold is None else f'{threshold:g}'} go together: give both, or neither"
+            )
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f"stop_at_validation_metric {metric} is never computed with val_num_generations_per_prompt "
+                f"{self.val_num_generations_per_prompt}: it must be one of {', '.join(known)}"
+            )
+        if metric is not None and not self.val_period:
+            raise ValueError(
+                f"stop_at_validation_metric {metric} is looked at whenever there is a validation, and val_period 0 "
+                "leaves them out: it must be at least 1"
+            )
+        return self
+
+    @property
+    def tasks_per_batch(self) -> int:
+        """Tasks that are drawn together."""
+        return math.ceil(self.num_prompts_per_step * self.batch_multiplier)
+
+    @property
+    def pass_at(self) -> tuple[int, ...]:
+        """Each k of val:pass@k: powers of two, and the number of episodes itself; none for a single episode."""
+        count = self.val_num_generations_per_prompt
+        powers = (1 << exponent for exponent in range(count.bit_length()))
+        return tuple(sorted({*powers, count})) if count > 1 else ()
 
 
 class LossFn(Section):

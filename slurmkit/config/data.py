@@ -2,24 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self, TypeVar
 
-from slurmkit.config.kinds import Seconds
-from slurmkit.config.section import Field, Section
+from slurmkit.config.kinds import Positive, Seconds
+from slurmkit.config.section import Field, Section, model_validator
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 
 class DataSource(Section):
     data_path: str | None = None
-    """A JSONL file, one task per line."""
+    """A JSONL or Parquet file, a folder that the `datasets` library opens, or, with split, a data set on the hub."""
+    input_key: str = "question"
+    """The key, or column, of the text that is put to the model."""
+    output_key: str = "answer"
+    """The key, or column, of the text that its reply is compared with."""
+    subset: str | None = None
+    """The configuration of a data set on the hub, where it has several."""
+    split: str | None = None
+    """The split of a folder of the `datasets` library or of a data set on the hub, as train or "train[:1000]"."""
+
+    @property
+    def may_be_on_hub(self) -> bool:
+        """Whether data_path is a name on the hub, if it is no path."""
+        return self.split is not None and HUB_NAME.fullmatch(self.data_path or "") is not None
+
+    @model_validator(mode="after")
+    def _subset_is_of_the_hub(self) -> Self:
+        if self.subset is not None and self.split is None:
+            raise ValueError(f"subset {self.subset} is of a data set on the hub, which needs split as well")
+        return self
+
+
+class TrainSource(DataSource):
+    weight: Positive | None = None
+    """Its share of the tasks drawn, relative to the other sources of the list; null for all of them draws every task
+    once per epoch."""
+    split_validation_size: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The part of its questions that is held out for validation."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
+    """Which those are follows from it, and not from grpo.seed: runs of other seeds are measured alike."""
 
 
 class Data(Section):
-    train: DataSource = DataSource()
-    """Tasks to train on."""
-    validation: DataSource = DataSource()
-    """Tasks held out."""
+    train: TrainSource | Annotated[tuple[TrainSource, ...], Field(min_length=1)] = TrainSource()
+    """Tasks to train on: one source, or a list of them."""
+    validation: DataSource | Annotated[tuple[DataSource, ...], Field(min_length=1)] = DataSource()
+    """Tasks held out, besides those that data.train holds out of itself: one source, or a list of them."""
     shuffle: bool = True
     """Draw tasks in an order that follows from grpo.seed, another one each epoch."""
+
+    @property
+    def train_sources(self) -> dict[str, TrainSource]:
+        """Each source that is trained on, under its dotted key."""
+        return _named("data.train", self.train)
+
+    @property
+    def validation_sources(self) -> dict[str, DataSource]:
+        """Each source that is only validated on, under its dotted key."""
+        return _named("data.validation", self.validation)
+
+    @property
+    def sources(self) -> dict[str, DataSource]:
+        """All of them."""
+        return {**self.train_sources, **self.validation_sources}
+
+    @model_validator(mode="after")
+    def _all_are_weighted_or_none(self) -> Self:
+        weights = {key: source.weight for key, source in self.train_sources.items()}
+        if len(weights) == 1 and (weight := weights.get("data.train")) is not None:
+            raise ValueError(
+                f"train.weight {weight:g} is relative to other sources, of which there are none: leave it out, or give "
+                "data.train as a list"
+            )
+        if None in weights.values() and any(weights.values()):
+            shown = ", ".join(f"{key}.weight {'null' if w is None else f'{w:g}'}" for key, w in weights.items())
+            raise ValueError(f"either all sources of data.train have a weight or none has, found {shown}")
+        return self
+
+
+Kind = TypeVar("Kind", bound=DataSource)
+
+
+def _named(key: str, found: Kind | tuple[Kind, ...]) -> dict[str, Kind]:
+    return {f"{key}.{i}": each for i, each in enumerate(found)} if isinstance(found, tuple) else {key: found}
 
 
 class ArithmeticEnv(Section):
@@ -38,7 +105,7 @@ class MathEnv(Section):
 
 class Env(Section):
     name: Literal["arithmetic", "math"]
-    """arithmetic makes its own problems; math reads rows {"question", "answer"} and compares numbers."""
+    """arithmetic makes its own problems; math reads its tasks from data and compares numbers."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()

@@ -10,7 +10,9 @@ MAY_DIFFER = frozenset(
     {
         *("cluster", "logger", "checkpointing"),
         *("grpo.max_num_steps", "grpo.max_num_epochs", "grpo.max_steps_without_signal", "grpo.max_val_samples"),
-        *("grpo.val_period", "grpo.val_at_start", "grpo.val_at_end"),
+        *("grpo.val_period", "grpo.val_at_start", "grpo.val_at_end", "grpo.val_num_generations_per_prompt"),
+        *("grpo.stop_at_validation_metric", "grpo.stop_at_validation_threshold", "grpo.max_broken_fraction"),
+        "grpo.dynamic_sampling_max_gen_batches",
         *(
             "policy.train_micro_batch_size",
             "policy.sequence_packing",

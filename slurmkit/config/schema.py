@@ -48,6 +48,8 @@ class Logger(Section):
     """Log to Weights & Biases as well; metrics.jsonl is always written."""
     wandb: Wandb = Wandb()
     """Where to."""
+    num_val_transcripts: Annotated[int, Field(ge=0)] = 16
+    """Validation tasks whose conversations are kept in validation/step_N.jsonl of the run directory."""
 
 
 class Cluster(Section):
@@ -118,13 +120,24 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _tasks_come_from_somewhere(self) -> Self:
-        paths = {"train": self.data.train.data_path, "validation": self.data.validation.data_path}
-        for name, path in paths.items():
-            if self.env.name == "math" and path is None:
-                raise ValueError(f"env.name math reads its tasks: data.{name}.data_path must name a JSONL file")
-            if self.env.name == "arithmetic" and path is not None:
-                raise ValueError(f"env.name arithmetic makes its own tasks: data.{name}.data_path must be null")
+        held_out = any(source.split_validation_size for source in self.data.train_sources.values())
+        for key, source in self.data.sources.items():
+            if self.env.name == "arithmetic" and source.data_path is not None:
+                raise ValueError(f"env.name arithmetic makes its own tasks: {key}.data_path must be null")
+            is_needed = key != "data.validation" or (self.validates and not held_out)
+            if self.env.name == "math" and source.data_path is None and is_needed:
+                raise ValueError(
+                    f"env.name math reads its tasks: {key}.data_path must name a JSONL file, a Parquet file, a folder "
+                    "of the datasets library or, with split, a data set on the hub"
+                    + (", or data.train.split_validation_size be above 0" if key == "data.validation" else "")
+                )
         return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is any validation in the run."""
+        judged = self.checkpointing.enabled and (self.checkpointing.metric_name or "").startswith("val:")
+        return judged or self.grpo.val_period > 0 or self.grpo.val_at_start or self.grpo.val_at_end
 
     @property
     def ranks_per_node(self) -> int:

@@ -203,7 +203,6 @@ class Section:
                 getattr(self, rule)()
             except ValueError as error:
                 problems.append(Problem("value", location, str(error), values))
-                return
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise ValidationError([Problem("value", (name,), "the section is frozen", value)])
@@ -324,14 +323,16 @@ def _union(members: list[Check], has_none: bool) -> Check:
     def check(value: Any, location: Location, problems: list[Problem]) -> Any:
         if has_none and value is None:
             return None
-        refused: list[Problem] = []
+        refused: list[list[Problem]] = []
         for member in members:
             found: list[Problem] = []
             result = member(value, location, found)
             if not found:
                 return result
-            refused += found
-        problems += refused
+            refused.append(found)
+        # One that it has the shape of is the one that was meant.
+        meant = [found for found in refused if all(each[:2] != ("type", location) for each in found)]
+        problems += meant[0] if meant else [each for found in refused for each in found]
         return value
 
     return check

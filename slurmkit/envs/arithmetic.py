@@ -7,7 +7,7 @@ from itertools import product
 from random import Random
 
 from slurmkit.config.data import ArithmeticEnv
-from slurmkit.envs.environment import Message, Score, Task
+from slurmkit.envs.environment import Message, Score, Task, TaskSource
 
 
 class Arithmetic:
@@ -32,6 +32,7 @@ class Arithmetic:
             sides[kind].append(Task(name=text, question=f"{text}=", answer=str(sum(digits))))
         # In order of counting, a limit on validation samples would keep the sums that start with 0.
         rng.shuffle(validation)
+        self.train_sources: Sequence[TaskSource] = (TaskSource(train, 1.0),)
         self.train_tasks: Sequence[Task] = train
         self.validation_tasks: Sequence[Task] = validation
 

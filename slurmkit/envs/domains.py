@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Domain
@@ -16,7 +14,4 @@ def make_domain(config: TrainConfig) -> Domain:
         case "arithmetic":
             return Arithmetic(config.env.arithmetic, config.grpo.seed)
         case "math":
-            train, validation = config.data.train.data_path, config.data.validation.data_path
-            assert train is not None  # the schema has seen to it
-            assert validation is not None
-            return Math(config.env.math, Path(train), Path(validation))
+            return Math(config.env.math, config.data)

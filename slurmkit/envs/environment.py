@@ -26,6 +26,14 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskSource:
+    """Tasks that are drawn in proportion to `weight`, relative to the other sources' weights."""
+
+    tasks: Sequence[Task]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """What an episode was worth: the reward that is trained on, and whether the answer counts as right."""
 
@@ -53,8 +61,12 @@ class Domain(Protocol):
     """A kind of environment with its tasks."""
 
     @property
+    def train_sources(self) -> Sequence[TaskSource]:
+        """What is trained on, with the sources' weights."""
+
+    @property
     def train_tasks(self) -> Sequence[Task]:
-        """What is trained on."""
+        """The tasks of all of them."""
 
     @property
     def validation_tasks(self) -> Sequence[Task]:

@@ -1,16 +1,16 @@
-"""Word problems with one number as the answer, in GSM8K's format: rows {"question": ..., "answer": "... #### 72"}."""
+"""Word problems with one number as the answer, as in GSM8K: {"question": ..., "answer": "... #### 72"}, or "72"."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from random import Random
 
-from slurmkit.config.data import MathEnv
-from slurmkit.envs.environment import Message, Score, Task
-from slurmkit.envs.tasks import read_rows
+from slurmkit.config.data import Data, DataSource, MathEnv
+from slurmkit.envs.environment import Message, Score, Task, TaskSource
+from slurmkit.envs.rows import Row, read_rows
+from slurmkit.envs.tasks import hold_out, side_by_side
 from slurmkit.errors import UserError
 
 # The last mark wins: a worked solution may box intermediate results.
@@ -18,12 +18,35 @@ _MARKS = re.compile(r"####\s*(?P<hashes>[^\n]+)|\\boxed\{(?P<boxed>[^{}]*)\}")
 
 
 class Math:
-    """Tasks from two JSONL files. UserError names file and line of a row without a question or a final number."""
+    """Tasks from files or the hub. UserError names, for every source, the first row that is no such task."""
 
-    def __init__(self, config: MathEnv, train_path: Path, validation_path: Path) -> None:
+    def __init__(self, config: MathEnv, data: Data) -> None:
         self._error = config.demonstration_error
-        self.train_tasks: Sequence[Task] = _read(train_path)
-        self.validation_tasks: Sequence[Task] = _read(validation_path)
+        problems: list[str] = []
+
+        def read(key: str, source: DataSource) -> list[Task]:
+            try:
+                return [_task(row) for row in read_rows(source, key)]
+            except UserError as error:
+                problems.append(str(error))
+                return []
+
+        train, held_out = [], []
+        for key, source in data.train_sources.items():
+            tasks, others = hold_out(read(key, source), source.split_validation_size, source.seed)
+            if source.split_validation_size and tasks + others and not (tasks and others):
+                problems.append(
+                    f"{key}.split_validation_size {source.split_validation_size:g} of the {len(tasks + others)} tasks "
+                    f"in {source.data_path} leaves {len(tasks)} to train on and {len(others)} for validation"
+                )
+            train.append(TaskSource(tasks, source.weight or len(tasks)))
+            held_out.append(others)
+        held_out += [read(key, each) for key, each in data.validation_sources.items() if each.data_path is not None]
+        if problems:
+            raise UserError("\n".join(dict.fromkeys(problems)))
+        self.train_sources: Sequence[TaskSource] = train
+        self.train_tasks: Sequence[Task] = [task for source in train for task in source.tasks]
+        self.validation_tasks: Sequence[Task] = side_by_side(held_out)
 
     def environment(self) -> _Episode:
         return _Episode()
@@ -56,21 +79,23 @@ def final_number(text: str) -> Decimal | None:
     Thousands separators, currency signs, a percent sign and a final full stop do not count: `$1,200.` is 1200.
     """
     marks = list(_MARKS.finditer(text))
-    if not marks:
-        return None
-    written = marks[-1]["hashes"] or marks[-1]["boxed"] or ""
+    return _number(marks[-1]["hashes"] or marks[-1]["boxed"] or "") if marks else None
+
+
+def _number(text: str) -> Decimal | None:
     try:
-        number = Decimal(written.strip().rstrip(".%").lstrip("$€£").replace(",", ""))
+        number = Decimal(text.strip().rstrip(".%").lstrip("$€£").replace(",", ""))
     except InvalidOperation:
         return None
     return number if number.is_finite() else None
 
 
-def _read(path: Path) -> list[Task]:
-    tasks = []
-    for line, row in read_rows(path, ("question", "answer")):
-        answer = final_number(row["answer"])
-        if answer is None:
-            raise UserError(f"{path}:{line}: the answer does not end in `#### NUMBER`: {row['answer'][-60:]!r}")
-        tasks.append(Task(name=f"{path.name}:{line}", question=row["question"], answer=str(answer)))
-    return tasks
+def _task(row: Row) -> Task:
+    answer = _number(row.output)
+    if answer is None:
+        answer = final_number(row.output)
+    if answer is None:
+        raise UserError(
+            f"{row.place}: the answer does not end in `#### NUMBER`, and is no number itself: {row.output[-60:]!r}"
+        )
+    return Task(name=row.name, question=row.input, answer=str(answer))

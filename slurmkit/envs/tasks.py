@@ -1,79 +1,92 @@
-"""Where tasks come from: JSON lines, and an order that can be taken up again."""
+"""An order of tasks that can be taken up again, and what is held out of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from random import Random
 
-from slurmkit.envs.environment import Task
-from slurmkit.errors import UserError
-
-
-def read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and row of every line of a JSONL file, blank lines left out.
-
-    Raises UserError with file and line where a line is no JSON object or one of `fields` is missing or no text, and
-    with the file where it cannot be read or holds no row.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"{path}: holds no task")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: must be a JSON object, found {type(row).__name__}")
-        for field in fields:
-            if not isinstance(row.get(field), str):
-                found = ", ".join(row) or "none"
-                raise UserError(f"{path}:{number}: the key {field!r} must hold text (keys: {found})")
-        yield number, row
+from slurmkit.envs.environment import Task, TaskSource
 
 
 class TaskOrder:
     """An endless, reproducible order of tasks whose whole state is one number.
 
-    Each epoch is a permutation that follows from (seed, epoch), so the place reached says everything: an interrupted
-    run draws the same tasks as one that was not.
+    The next task is of the source that is furthest behind its share, so that any stretch of the order holds the
+    sources as they are weighted, to within a task or so. Each source's own order is, in each of its epochs, a
+    permutation that follows from (seed, source, epoch). So the place reached says everything: an interrupted run draws
+    the same tasks as one that was not. Sources weighted by their numbers of tasks are all used up together.
     """
 
-    def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool, position: int = 0) -> None:
+    def __init__(self, sources: Sequence[TaskSource], *, seed: int, shuffle: bool, position: int = 0) -> None:
         """`position`: how many tasks were drawn before, over all epochs."""
-        self._tasks = tasks
+        self._sources = sources
         self._seed = seed
         self._shuffle = shuffle
+        self._orders: dict[int, tuple[int, list[int]]] = {}
         self.position = position
-        self._epoch = -1
-        self._order: list[int] = []
+
+    @property
+    def position(self) -> int:
+        """How many tasks were drawn, over all sources and epochs."""
+        return sum(self._drawn)
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._drawn = [position] if len(self._sources) == 1 else [0] * len(self._sources)
+        while self.position < position:
+            self._drawn[self._furthest_behind()] += 1
 
     @property
     def digest(self) -> str:
         """SHA-256 of all tasks: a position is worth nothing in another data set."""
         digest = hashlib.sha256()
-        for task in self._tasks:
-            digest.update(json.dumps([task.name, task.question, task.answer]).encode())
+        for index, source in enumerate(self._sources):
+            digest.update(b"\n" if index else b"")
+            for task in source.tasks:
+                digest.update(json.dumps([task.name, task.question, task.answer]).encode())
         return digest.hexdigest()
 
     def draw(self, count: int) -> list[Task]:
         """The next `count` tasks, across the end of an epoch where it comes to that."""
         return [self._next() for _ in range(count)]
 
+    def _furthest_behind(self) -> int:
+        total, number = sum(source.weight for source in self._sources), self.position + 1
+        behind = [source.weight * number - total * n for source, n in zip(self._sources, self._drawn, strict=True)]
+        return behind.index(max(behind))
+
     def _next(self) -> Task:
-        epoch, index = divmod(self.position, len(self._tasks))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(len(self._tasks)))
+        index = self._furthest_behind()
+        tasks = self._sources[index].tasks
+        epoch, place = divmod(self._drawn[index], len(tasks))
+        known, order = self._orders.get(index, (-1, []))
+        if epoch != known:
+            order = list(range(len(tasks)))
             if self._shuffle:
-                Random(f"{self._seed} epoch {epoch}").shuffle(self._order)
-        self.position += 1
-        return self._tasks[self._order[index]]
+                which = f" source {index}" if index else ""
+                Random(f"{self._seed} epoch {epoch}{which}").shuffle(order)
+            self._orders[index] = epoch, order
+        self._drawn[index] += 1
+        return tasks[order[place]]
+
+
+def hold_out(tasks: Sequence[Task], fraction: float, seed: int) -> tuple[list[Task], list[Task]]:
+    """Tasks to train on and `fraction` of them, rounded, that are not; those that ask the same stay together."""
+    questions = list(dict.fromkeys(task.question for task in tasks))
+    held_out = set(Random(f"validation {seed}").sample(questions, round(fraction * len(questions))))
+    sides: tuple[list[Task], list[Task]] = ([], [])
+    for task in tasks:
+        sides[task.question in held_out].append(task)
+    return sides
+
+
+def side_by_side(sources: Sequence[Sequence[Task]]) -> list[Task]:
+    """All tasks, each source spread evenly, so that any first so many of them are of all sources."""
+    places = [
+        ((number + 0.5) / len(tasks), index, task)
+        for index, tasks in enumerate(sources)
+        for number, task in enumerate(tasks)
+    ]
+    return [task for _, _, task in sorted(places, key=lambda place: place[:2])]

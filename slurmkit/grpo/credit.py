@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,16 +52,17 @@ def credit(
     penalty = loss_fn.reference_policy_kl_penalty
     rewards = [[episode.score.reward - penalty * kl.get(number, 0.0) for number, episode in group] for group in played]
     found = advantages(rewards, [[tokens[number] for number, _ in group] for group in played], grpo)
-    dropped = Counter(
-        _reason([episode for _, episode in group]) for group, each in zip(played, found, strict=True) if not any(each)
-    )
+    dropped = Counter(reason_without_signal(group) for group, each in zip(groups, found, strict=True) if not any(each))
     numbers = [number for group in played for number, _ in group]
     advantage_of = dict(zip(numbers, itertools.chain(*found), strict=True))
     credited = [
         replace(sample, advantage=(sample.loss_mask * advantage_of[sample.rollout_id]).astype(numpy.float32))
         for sample in samples
     ]
-    metrics = _metrics(groups, dropped)
+    metrics = {
+        "train:groups_with_signal": float(len(groups) - dropped.total()),
+        **{f"train:dropped_groups/{reason}": float(count) for reason, count in sorted(dropped.items())},
+    }
     sampled = sum(len(episode.completion.token_ids) for group in played for _, episode in group)
     metrics["train:tokens_without_logprob"] = float(sampled - tokens.total())
     if loss_fn.use_kl_in_reward:
@@ -78,9 +78,11 @@ def _played(groups: Sequence[Group]) -> list[list[tuple[int, Episode]]]:
     ]
 
 
-def _reason(episodes: Sequence[Episode]) -> str:
+def reason_without_signal(group: Group) -> str:
+    """Why a group teaches nothing, as metrics.jsonl has it."""
+    episodes = [episode for episode in group.episodes if episode.completion.token_ids]
     if len(episodes) < 2:
-        return "too_few_episodes"
+        return "too_few_episodes" if episodes or group.broken else "prompt_too_long"
     if all(episode.score.correct for episode in episodes):
         return "all_correct"
     return "equal_rewards" if any(episode.score.correct for episode in episodes) else "none_correct"
@@ -112,22 +114,3 @@ def _kl(sample: Sample, loss_fn: LossFn) -> float:
     own = sample.logprobs if sample.prev_logprobs is None else sample.prev_logprobs
     kl_T = reference_kl(torch.from_numpy(own), torch.from_numpy(sample.reference_logprobs), loss_fn)
     return float(kl_T.numpy()[sample.loss_mask].sum(dtype=numpy.float64))
-
-
-def _metrics(groups: Sequence[Group], dropped: Counter[str]) -> dict[str, float]:
-    episodes = [episode for group in groups for episode in group.episodes]
-    reasons = Counter(episode.completion.finish_reason for episode in episodes)
-    metrics = {
-        "train:groups_with_signal": float(len(groups) - dropped.total()),
-        **{f"train:dropped_groups/{reason}": float(count) for reason, count in sorted(dropped.items())},
-        "train:broken_episodes": float(sum(len(group.broken) for group in groups)),
-        "train:prompts_too_long": float(reasons["prompt_too_long"]),
-    }
-    if episodes:
-        metrics |= {
-            "train:reward_mean": statistics.fmean(episode.score.reward for episode in episodes),
-            "train:accuracy": statistics.fmean(episode.score.correct for episode in episodes),
-            "train:completion_tokens_mean": statistics.fmean(len(e.completion.token_ids) for e in episodes),
-            "train:truncated_fraction": reasons["length"] / len(episodes),
-        }
-    return metrics

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -28,8 +28,11 @@ from slurmkit.grpo.metrics import RunLog, say, timed
 from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.resume import starting_point
+from slurmkit.grpo.rewards import shaped_group
+from slurmkit.grpo.selection import Selection, select, without_truncated
+from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
-from slurmkit.rollout.collect import Group, Sampling, collect
+from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
 
 # Apart in the seed, so that validation draws the same random numbers every time it is run.
 _TRAINING, _VALIDATION = 0, 1
@@ -43,19 +46,20 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     """
     run_directory = Path(config.checkpointing.checkpoint_dir).absolute()
     domain = make_domain(config)
-    last_step = min(
-        config.grpo.max_num_steps,
-        config.grpo.max_num_epochs * len(domain.train_tasks) // config.grpo.num_prompts_per_step,
-    )
+    epochs = config.grpo.max_num_epochs
+    last_step = min(config.grpo.max_num_steps, epochs * len(domain.train_tasks) // config.grpo.tasks_per_batch)
     if last_step == 0:
         raise UserError(
-            f"grpo.num_prompts_per_step {config.grpo.num_prompts_per_step} is more than the "
-            f"{len(domain.train_tasks)} training tasks times grpo.max_num_epochs {config.grpo.max_num_epochs}: "
+            f"grpo.num_prompts_per_step {config.grpo.num_prompts_per_step}"
+            + (" times grpo.batch_multiplier" if config.grpo.batch_multiplier > 1 else "")
+            + f" is more than the {len(domain.train_tasks)} training tasks times grpo.max_num_epochs {epochs}: "
             "there is not one step to make"
         )
+    if config.validates and not domain.validation_tasks:
+        raise UserError("there is no validation task, and the configuration asks for validation (grpo.val_*)")
     checkpoints = Checkpoints(run_directory, config.checkpointing)
     found = starting_point(checkpoints, config)
-    order = TaskOrder(domain.train_tasks, seed=config.grpo.seed, shuffle=config.data.shuffle)
+    order = TaskOrder(domain.train_sources, seed=config.grpo.seed, shuffle=config.data.shuffle)
     if found is None:
         checkpoint, model_path = None, starting_model(config, domain, run_directory)
         state = TrainerState(0, 0, 0, 0, order.digest, {})
@@ -69,6 +73,8 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     run_directory.mkdir(parents=True, exist_ok=True)
 
     chat = Chat(model_path)
+    for name, tasks in (("training", domain.train_tasks), ("validation", domain.validation_tasks)):
+        await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
         stack.enter_context(ray_connection())
         policy, engines = start_actors(config, model_path, state.updates)
@@ -120,14 +126,19 @@ class Trainer:
     async def make_steps(self) -> None:
         """A step that has begun to change the weights is finished whatever happens; until then it can be dropped."""
         if self.state.step == 0 and self.config.grpo.val_at_start:
-            self.log.write(0, await self.interrupts.unless(self.validate()))
+            self.state = replace(self.state, metrics=await self.interrupts.unless(self.validate(0)))
+            self.log.write(0, self.state.metrics)
             self.plots.redraw()
-        for step in range(self.state.step + 1, self.last_step + 1):
+        while not self.is_over():
+            step = self.state.step + 1
             metrics: dict[str, float] = {}
             with timed(metrics, "time:step"):
                 with timed(metrics, "time:rollout"):
-                    groups = await self.interrupts.unless(self.rollout(step))
-                samples, rollout_metrics = credit(groups, make_samples(groups), self.config.grpo, self.config.loss_fn)
+                    selection = await self.interrupts.unless(self.rollout(step))
+                groups = [shaped_group(group, self.config.grpo) for group in selection.kept]
+                samples, kept_metrics = credit(groups, make_samples(groups), self.config.grpo, self.config.loss_fn)
+                if self.config.grpo.overlong_filtering:
+                    samples = without_truncated(samples)
                 updates = optimizer_steps(
                     samples,
                     global_batch_size=self.config.policy.train_global_batch_size,
@@ -135,7 +146,7 @@ class Trainer:
                     num_ranks=self.config.num_ranks,
                     loss_fn=self.config.loss_fn,
                 )
-                metrics |= rollout_metrics
+                metrics |= selection.metrics(kept_metrics)
                 if updates:
                     with timed(metrics, "time:update"):
                         metrics |= await self.update(updates)
@@ -145,7 +156,8 @@ class Trainer:
             validating = self.due_to_validate(step, saving)
             if validating:
                 with timed(metrics, "time:validation"):
-                    metrics |= await self.validate()
+                    metrics |= await self.validate(step)
+                saving = saving or (self.config.checkpointing.enabled and is_good_enough(metrics, self.config.grpo))
             self.log.write(step, metrics)
             self.state = TrainerState(
                 step=step,
@@ -178,10 +190,17 @@ class Trainer:
         folder = self.saved or await self.save()
         raise Interrupted(f"interrupted after step {step}: everything is saved in {folder.name}")
 
-    async def rollout(self, step: int) -> list[Group]:
-        """The step's tasks, each played by a group of episodes."""
-        tasks = self.order.draw(self.config.grpo.num_prompts_per_step)
-        return await self.play(tasks, self.config.grpo.num_generations_per_prompt, (_TRAINING, step))
+    async def rollout(self, step: int) -> Selection:
+        """The step's groups: further tasks, each played by a group of episodes."""
+
+        async def play(count: int, before: int) -> list[Group]:
+            episodes = self.config.grpo.num_generations_per_prompt
+            return await self.play(self.order.draw(count), episodes, (_TRAINING, step), first=before * episodes)
+
+        selection = await select(play, self.config.grpo)
+        for remark in selection.remarks():
+            say(f"step {step}: {remark}")
+        return selection
 
     async def update(self, updates: list[OptimizerStep]) -> dict[str, float]:
         """Make the optimiser steps, one after the other; metrics over all of them."""
@@ -197,21 +216,20 @@ class Trainer:
             "train:trained_tokens": sums.tokens,
         }
 
-    async def validate(self) -> dict[str, float]:
-        """One episode for each validation task, sampled as in training."""
-        tasks = self.domain.validation_tasks[: self.config.grpo.max_val_samples]
-        groups = await self.play(tasks, 1, (_VALIDATION,))
-        scores = [episode.score for group in groups for episode in group.episodes]
-        if not scores:
-            raise Failure(f"the environment failed in all {len(tasks)} validation episodes: {groups[0].broken[0]}")
-        return {
-            "val:accuracy": statistics.fmean(score.correct for score in scores),
-            "val:reward_mean": statistics.fmean(score.reward for score in scores),
-            "val:broken_episodes": float(len(tasks) - len(scores)),
-        }
+    async def validate(self, step: int) -> dict[str, float]:
+        """Episodes of the validation tasks, sampled as in training; the first tasks' conversations are kept."""
+        grpo = self.config.grpo
+        tasks = self.domain.validation_tasks[: grpo.max_val_samples]
+        groups = await self.play(tasks, grpo.val_num_generations_per_prompt, (_VALIDATION,))
+        metrics = validation_metrics(groups, grpo)
+        if kept := groups[: self.config.logger.num_val_transcripts]:
+            write_transcripts(Path(self.config.checkpointing.checkpoint_dir), step, kept)
+        return metrics
 
-    async def play(self, tasks: Sequence[Task], episodes_per_task: int, key: tuple[int, ...]) -> list[Group]:
-        """Episodes with the present weights. The same `key` draws the same random numbers."""
+    async def play(
+        self, tasks: Sequence[Task], episodes_per_task: int, key: tuple[int, ...], *, first: int = 0
+    ) -> list[Group]:
+        """Episodes with the present weights. The same `key` and `first` draw the same random numbers."""
         generation = self.config.policy.generation
         limit = generation.max_new_tokens or self.config.policy.max_total_sequence_length
         return await collect(
@@ -220,7 +238,7 @@ class Trainer:
             domain=self.domain,
             policy=self.pool,
             chat=self.chat,
-            sampling=Sampling(generation.temperature, limit, (self.config.grpo.seed, *key)),
+            sampling=Sampling(generation.temperature, limit, (self.config.grpo.seed, *key), first),
             environment_timeout_seconds=self.config.env.timeout_seconds,
         )
 
@@ -230,16 +248,36 @@ class Trainer:
         self.chat.save(folder / "model")
         (folder / CONFIG_FILE).write_text(json.dumps(self.config.model_dump(mode="json"), indent=1))
 
+    def is_over(self) -> bool:
+        """Whether the last finished step is the run's last. Says so where that was not known from the start."""
+        step, grpo = self.state.step, self.config.grpo
+        if is_good_enough(self.state.metrics, grpo):
+            metric = grpo.stop_at_validation_metric
+            say(
+                f"step {step}: {metric} {self.state.metrics[str(metric)]:.3f} has reached "
+                f"grpo.stop_at_validation_threshold {grpo.stop_at_validation_threshold:g}: the run ends here"
+            )
+            return True
+        if self.is_last(step) and step < self.last_step:
+            say(f"step {step}: the tasks of grpo.max_num_epochs {grpo.max_num_epochs} are used up: the run ends here")
+        return self.is_last(step)
+
+    def is_last(self, step: int) -> bool:
+        """Whether no step follows `step`, which has drawn its tasks; dynamic sampling draws no fixed number of them."""
+        grpo = self.config.grpo
+        left = grpo.max_num_epochs * len(self.domain.train_tasks) - self.order.position
+        return step >= self.last_step or left < grpo.tasks_per_batch
+
     def due_to_save(self, step: int) -> bool:
         checkpointing = self.config.checkpointing
-        return checkpointing.enabled and (step % checkpointing.save_period == 0 or step == self.last_step)
+        return checkpointing.enabled and (step % checkpointing.save_period == 0 or self.is_last(step))
 
     def due_to_validate(self, step: int, saving: bool) -> bool:
         """On schedule, or because the checkpoint about to be saved is judged by it."""
         grpo, judged_by = self.config.grpo, self.config.checkpointing.metric_name or ""
         return (
             (grpo.val_period > 0 and step % grpo.val_period == 0)
-            or (grpo.val_at_end and step == self.last_step)
+            or (grpo.val_at_end and self.is_last(step))
             or (saving and judged_by.startswith("val:"))
         )
 

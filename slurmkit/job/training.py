@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slurmkit.config.compact import compact_yaml
+from slurmkit.config.data import DataSource
 from slurmkit.config.load import read_config
 from slurmkit.config.schema import TrainConfig
 from slurmkit.config.source import Source, put
@@ -57,9 +58,9 @@ def settle_training(
         put(settled, ("cluster", "num_nodes"), job.nodes, "the job's nodes")
     if "gpus_per_node" not in train.cluster.model_fields_set and gpus is not None:
         put(settled, ("cluster", "gpus_per_node"), gpus, GPUS_OF_JOB)
-    for name in ("train", "validation"):
-        path = settled.data["data"][name]["data_path"]
-        settled.data["data"][name]["data_path"] = path and absolute(path, Path(job.workdir))
+    for sources in (settled.data["data"]["train"], settled.data["data"]["validation"]):
+        for each in sources if isinstance(sources, tuple) else (sources,):
+            each["data_path"] = _place(DataSource.model_construct(**each), job) or each["data_path"]
     if (resume := train.checkpointing.resume) not in _NO_PATH:
         settled.data["checkpointing"]["resume"] = absolute(resume, Path(job.workdir))
     train = validate(TrainConfig, settled)
@@ -101,14 +102,20 @@ def _misfits(train: TrainConfig, read: Source, job: JobSpec, gpus: int | None, s
         )
 
 
+def _place(source: DataSource, job: JobSpec) -> str | None:
+    """The absolute path of what is read; None where that is nothing, or a name on the hub."""
+    path = source.data_path and absolute(source.data_path, Path(job.workdir))
+    return None if path and source.may_be_on_hub and not os.path.exists(path) else path
+
+
 def _missing_files(train: TrainConfig, read: Source, job: JobSpec) -> Iterator[str]:
     if job.container.runtime != "none":
         return  # a path is the container's, into which only a node can look
-    for name, data in (("train", train.data.train), ("validation", train.data.validation)):
-        path = data.data_path and absolute(data.data_path, Path(job.workdir))
-        if path and not os.path.isfile(path):
-            origin = read.origins.get(("data", name, "data_path"))
-            yield f"data.{name}.data_path: {path} ({origin}): no such file; a relative path begins at {job.workdir}"
+    for key, source in train.data.sources.items():
+        path = _place(source, job)
+        if path and not os.path.exists(path):
+            origin = origin_of(read, (*key.split("."), "data_path"))
+            yield f"{key}.data_path: {path} ({origin}): no such file; a relative path begins at {job.workdir}"
     resume = train.checkpointing.resume
     if resume not in _NO_PATH and not os.path.isfile(Path(absolute(resume, Path(job.workdir)), "manifest.json")):
         yield (

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import numpy
 
+from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.environment import Domain, Task
+from slurmkit.errors import UserError
 from slurmkit.generation.actors import together
 from slurmkit.generation.engine import SamplingParams
 from slurmkit.rollout.chat import Chat
-from slurmkit.rollout.episode import BrokenEnvironment, Episode, Generate, run_episode
+from slurmkit.rollout.episode import BrokenEnvironment, Episode, Generate, opening, run_episode
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +27,18 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a round of episodes is sampled; every completion's own seed follows from `seed` and its place."""
+    """How a round of episodes is sampled; every completion's own seed follows from `seed` and its place.
+
+    `first` is the place of the round's first episode, so that several rounds can share a `seed`.
+    """
 
     temperature: float
     max_new_tokens: int
     seed: tuple[int, ...]
+    first: int = 0
 
     def of_episode(self, index: int) -> SamplingParams:
-        seed = int(numpy.random.SeedSequence([*self.seed, index]).generate_state(1, numpy.uint64)[0])
+        seed = int(numpy.random.SeedSequence([*self.seed, self.first + index]).generate_state(1, numpy.uint64)[0])
         return SamplingParams(self.temperature, self.max_new_tokens, seed)
 
 
@@ -77,3 +83,24 @@ async def collect(
             )
         )
     return groups
+
+
+async def refuse_prompts_that_never_fit(
+    name: str, tasks: Sequence[Task], domain: Domain, chat: Chat, config: TrainConfig
+) -> None:
+    """UserError where not one of the tasks has a prompt that leaves room for a reply. Stops at the first that does."""
+    limit, shortest = config.policy.max_total_sequence_length, (0, "")
+    for task in tasks:
+        try:
+            messages = await opening(task, domain.environment(), timeout_seconds=config.env.timeout_seconds)
+        except BrokenEnvironment:
+            return  # the rollouts will say so
+        length = len(chat.prompt_ids(messages))
+        if length < limit:
+            return
+        shortest = min(shortest, (length, task.name)) if shortest[0] else (length, task.name)
+    if tasks:
+        raise UserError(
+            f"policy.max_total_sequence_length {limit} has no room for a reply to any of the {len(tasks)} {name} "
+            f"tasks: the shortest prompt, of {shortest[1]}, has {shortest[0]} tokens"
+        )

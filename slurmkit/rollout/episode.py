@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import isfinite
@@ -34,6 +34,8 @@ class Episode:
     completion: Completion
     temperature: float
     score: Score
+    messages: tuple[Message, ...] = ()
+    """The conversation, the reply included."""
 
 
 async def run_episode(
@@ -47,31 +49,37 @@ async def run_episode(
 ) -> Episode:
     """Play one episode.
 
-    BrokenEnvironment where the environment raised or took longer than `timeout_seconds` over a call; failures of the
-    engines pass through.
+    BrokenEnvironment, which names the task, where the environment raised, took longer than `timeout_seconds` over a
+    call or gave a reward that is no finite number; failures of the engines pass through.
 
     A prompt that does not fit is scored like an empty reply.
     """
-    async with _blaming(environment, timeout_seconds):
-        messages = await environment.start(task)
+    messages = await opening(task, environment, timeout_seconds=timeout_seconds)
     prompt_ids = chat.prompt_ids(messages)
     completion = await policy.generate(prompt_ids, sampling)
     reply = Message("assistant", chat.reply_text(completion.token_ids))
-    async with _blaming(environment, timeout_seconds):
+    async with _blaming(task, environment, timeout_seconds):
         following = await environment.step(reply)
         if following:
             raise NotImplementedError("episodes of more than one turn")
-    async with _blaming(environment, timeout_seconds):
+    async with _blaming(task, environment, timeout_seconds):
         score = await environment.score()
         if not isfinite(score.reward):
             raise ValueError(f"the reward is {score.reward}")
-    return Episode(task, prompt_ids, completion, sampling.temperature, score)
+    return Episode(task, prompt_ids, completion, sampling.temperature, score, (*messages, reply))
+
+
+async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Sequence[Message]:
+    """The messages that an episode starts with. BrokenEnvironment as in `run_episode`."""
+    async with _blaming(task, environment, timeout_seconds):
+        return await environment.start(task)
 
 
 @asynccontextmanager
-async def _blaming(environment: Environment, timeout_seconds: float) -> AsyncIterator[None]:
+async def _blaming(task: Task, environment: Environment, timeout_seconds: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(timeout_seconds):
             yield
     except Exception as error:
-        raise BrokenEnvironment(f"{type(environment).__qualname__}: {type(error).__name__}: {error}") from error
+        what = f"{type(environment).__qualname__}: {type(error).__name__}: {error}"
+        raise BrokenEnvironment(f"task {task.name}: {what}") from error

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from slurmkit.config.data import HUB_NAME
 
 if TYPE_CHECKING:
     from slurmkit.config.model import FromScratch
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # A checkpoint holds, of every parameter, the weight and AdamW's two moments in float32 (grpo/checkpoint.py).
 _CHECKPOINT_BYTES = 12
 _MODEL_BYTES = 4
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2}
 # Where a tokenizer keeps its chat template, besides a key of tokenizer_config.json.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
@@ -41,7 +41,7 @@ def find_model(name: str, workdir: str, environ: Mapping[str, str]) -> tuple[Pat
             return folder, _broken(folder)
         except OSError as error:
             return folder, f"the folder cannot be read: {error.strerror}"
-    if not _HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name):
         return None, f"no such folder; a relative path begins at workdir {workdir}, and ~ is taken as it stands"
     home = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cache = environ.get("HF_HUB_CACHE") or f"{environ.get('HF_HOME') or f'{home}/huggingface'}/hub"
@@ -100,14 +100,21 @@ def model_bytes(train: TrainConfig, parameters: float) -> float:
 
 def steps_at_most(train: TrainConfig, enough: float) -> int:
     """Steps that grpo.* and the tasks allow, where those can be read here; `enough` or more are not told apart."""
-    grpo, path = train.grpo, train.data.train.data_path
+    grpo, paths = train.grpo, [source.data_path for source in train.data.train_sources.values()]
     wanted = min(enough, grpo.max_num_steps)
     tasks = 10**train.env.arithmetic.num_terms
-    if path is not None:
+    if paths != [None]:
         try:
-            with open(path, "rb") as rows:
-                filled = (1 for row in rows if row.strip())
-                tasks = sum(islice(filled, math.ceil(wanted * grpo.num_prompts_per_step / grpo.max_num_epochs)))
+            filled = (1 for path in paths for row in _lines(path or "") if row.strip())
+            tasks = sum(islice(filled, math.ceil(wanted * grpo.num_prompts_per_step / grpo.max_num_epochs)))
         except OSError:
             return int(wanted)
     return int(min(wanted, grpo.max_num_epochs * tasks // grpo.num_prompts_per_step))
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    """OSError where it is no file of lines."""
+    if path.endswith(".parquet"):
+        raise OSError("a table")
+    with open(path, "rb") as rows:
+        yield from rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def _said(settled: Settled, key: str) -> str:
 
 
 def _configured(settled: Settled, key: str, value: object) -> str:
-    return f"{key}: {value} ({settled.config_origins.get(key, 'default')})"
+    written = re.sub(r"\.\d+\..*", "", key)  # a list has the place of its key
+    return f"{key}: {value} ({settled.config_origins.get(key) or settled.config_origins.get(written, 'default')})"
 
 
 def _environment(spec: JobSpec) -> dict[str, str]:
@@ -244,17 +246,27 @@ def _tasks(settled: Settled) -> Iterator[Remark]:
         return
     from slurmkit.run.footprint import steps_at_most
 
-    for key, data in (("data.train", train.data.train), ("data.validation", train.data.validation)):
-        if data.data_path is not None:
-            problem = _first_row(data.data_path)
+    for key, source in train.data.sources.items():
+        path = source.data_path
+        # What is a folder, or on the hub, only the trainer's library can read.
+        if path is not None and not os.path.isdir(path) and not (source.may_be_on_hub and not os.path.exists(path)):
+            problem = _first_bytes(path) if path.endswith(".parquet") else _first_row(path)
             if problem is not None:
-                yield Remark(f"{_configured(settled, f'{key}.data_path', data.data_path)}: {problem}")
+                yield Remark(f"{_configured(settled, f'{key}.data_path', path)}: {problem}")
     if steps_at_most(train, 1) == 0:
         key = "grpo.num_prompts_per_step"
         yield Remark(
             f"{_configured(settled, key, train.grpo.num_prompts_per_step)} is more than the training tasks times "
             f"grpo.max_num_epochs {train.grpo.max_num_epochs}: there is not one step to make"
         )
+
+
+def _first_bytes(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return None if file.read(4) == b"PAR1" else "is no Parquet file"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _first_row(path: str) -> str | None:

@@ -86,6 +86,22 @@ def test_more_than_the_job_has_is_refused_all_at_once_with_where_each_was_said(h
     ]
 
 
+def test_paths_of_all_sources_begin_at_the_workdir_and_a_name_on_the_hub_stays(here: Path) -> None:
+    hub = "{data_path: openai/gsm8k, subset: main, split: train}"
+    (here / "rows.jsonl").touch()
+    sources = f"data.train=[{{data_path: rows.jsonl}},{hub}]"
+    validation = "data.validation.data_path=rows.jsonl"
+    job = settled(here, "env.name=math", sources, validation)
+    assert job.train is not None
+    paths = [source.data_path for source in job.train.data.sources.values()]
+    assert paths == [f"{here}/rows.jsonl", "openai/gsm8k", f"{here}/rows.jsonl"]
+    missing = sources.replace("rows", "gone").replace(", split: train", "").replace(", subset: main", "")
+    assert [line.partition(" (")[0] for line in refusal(here, "env.name=math", missing, validation)] == [
+        f"data.train.0.data_path: {here}/gone.jsonl",
+        f"data.train.1.data_path: {here}/openai/gsm8k",
+    ]
+
+
 def test_gpus_that_are_not_asked_for_are_refused_with_what_to_write(here: Path) -> None:
     (line,) = refusal(here, "cluster.gpus_per_node=8")
     assert "but the job asks for no GPU: ask for as many (--gpus-per-node 8)" in line

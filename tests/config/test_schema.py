@@ -11,11 +11,18 @@ import pytest
 from parts import REPOSITORY
 from tiny import tiny_config
 
+from slurmkit.config.algorithm import Grpo
+from slurmkit.config.data import Data
 from slurmkit.config.load import load_config
+from slurmkit.config.model import Policy
 from slurmkit.config.schema import TrainConfig
 from slurmkit.config.section import Section, ValidationError
 from slurmkit.job.site import SiteFile
 from slurmkit.job.spec import JobSpec
+
+STOP = {"stop_at_validation_metric": "val:pass@3", "stop_at_validation_threshold": 0.5}
+MAXRL = {"adv_estimator": {"name": "maxrl"}}
+SHAPING = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 8}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +43,26 @@ from slurmkit.job.spec import JobSpec
         ("policy", {"from_scratch": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads"),
         ("env", {"name": "math"}, "data.train.data_path must name a JSONL file"),
         ("data", {"train": {"data_path": "x.jsonl"}}, "data.train.data_path must be null"),
+        ("data", {"train": {"weight": 2.0}}, "train.weight 2 is relative to other sources"),
+        ("data", {"train": []}, "at least 1 items"),
+        ("data", {"train": [{"wieght": 2.0}]}, r"^data.train.0.wieght: Extra inputs are not permitted$"),
+        ("data", {"train": {"data_pth": "x"}}, r"^data.train.data_pth: Extra inputs are not permitted$"),
+        ("data", {"train": 3}, r"^data.train: .*\ndata.train: should be a valid tuple$"),
+        ("data", {"train": [{"weight": 2.0}, {}]}, "data.train.0.weight 2, data.train.1.weight null"),
+        ("data", {"validation": {"weight": 2.0}}, "data.validation.weight: Extra inputs are not permitted"),
+        ("data", {"train": {"subset": "main"}}, "subset main is of a data set on the hub, which needs split"),
+        ("grpo", {"batch_multiplier": 1.5}, "batch_multiplier 1.5 is of dynamic sampling"),
+        ("grpo", {"stop_at_validation_metric": "val:accuracy"}, "stop_at_validation_threshold null go together"),
+        ("grpo", {"stop_at_validation_threshold": 0.5}, "stop_at_validation_metric null and"),
+        ("grpo", STOP | {"stop_at_validation_metric": "accuracy"}, "must be one of val:accuracy, val:reward_mean$"),
+        ("grpo", STOP | {"val_num_generations_per_prompt": 6}, "val:pass@1, val:pass@2, val:pass@4, val:pass@6$"),
+        ("grpo", STOP | {"stop_at_validation_metric": "val:accuracy", "val_period": 0}, "val_period 0 leaves them out"),
+        ("grpo", {"reward_scaling": {"source_min": 1.0}}, "source_min 1 must be less than source_max 1"),
+        ("grpo", {"reward_shaping": {"enabled": True, "max_response_length": 9}}, "needs overlong_buffer_length;"),
+        ("grpo", {"reward_shaping": SHAPING | {"stop_properly_penalty_coef": 0.5}}, "takes the place of the soft"),
+        ("grpo", {"reward_shaping": SHAPING | {"overlong_buffer_length": 9}}, "9 is more than max_response_length 8"),
+        ("grpo", MAXRL | {"reward_shaping": SHAPING}, "maxrl .* and reward_shaping.max_response_length makes rewards"),
+        ("grpo", MAXRL | {"reward_scaling": {"enabled": True, "target_min": -1.0}}, "and reward_scaling.target_min"),
         ("checkpointing", {"metric_name": "val:acuracy"}, "'val:accuracy'"),
         ("loss_fn", {"ratio_clip_min": float("nan")}, "ratio_clip_min"),
         ("loss_fn", {"use_cispo": True, "disable_ppo_ratio": True}, "exclude each other"),
@@ -58,6 +85,28 @@ def test_a_loss_that_does_not_fit_the_rest_is_refused(tmp_path: Path) -> None:
         tiny_config(tmp_path, loss_fn=in_reward, grpo={"adv_estimator": {"name": "maxrl"}})
 
 
+def test_all_rules_of_a_section_that_are_broken_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError) as refused:
+        tiny_config(tmp_path, grpo={"batch_multiplier": 2.0, "stop_at_validation_threshold": 1.0})
+    assert [problem.location for problem in refused.value.problems] == [("grpo",), ("grpo",)]
+
+
+def test_where_nothing_is_validated_no_tasks_for_it_are_needed(tmp_path: Path) -> None:
+    never = {"checkpointing": {"metric_name": None}, "grpo": {"val_period": 0}}
+    never = {"env": {"name": "math"}, "data": {"train": {"data_path": "rows.jsonl"}}, **never}
+    assert not tiny_config(tmp_path, **never).validates
+    for section, values in (
+        ("checkpointing", {"metric_name": "val:reward_mean"}),
+        ("grpo", {"val_period": 5}),
+        ("grpo", {"val_period": 0, "val_at_start": True}),
+        ("grpo", {"val_period": 0, "val_at_end": True}),
+    ):
+        with pytest.raises(ValidationError, match=r"data.validation.data_path must name .*split_validation_size be"):
+            tiny_config(tmp_path, **{**never, section: values})
+    split = {"train": [{"data_path": "a"}, {"data_path": "b", "split_validation_size": 0.1}]}
+    assert tiny_config(tmp_path, **{**never, "grpo": {"val_period": 5}, "data": split}).validates
+
+
 def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         tiny_config(tmp_path).grpo.seed = 3  # type: ignore[misc]
@@ -68,7 +117,7 @@ def test_ranks_are_nodes_times_devices_and_one_per_node_without_any(tmp_path: Pa
     assert tiny_config(tmp_path, cluster={"num_nodes": 3, "gpus_per_node": 0}).num_ranks == 3
 
 
-@pytest.mark.parametrize("model", [TrainConfig, JobSpec, SiteFile])
+@pytest.mark.parametrize("model", [TrainConfig, Grpo, Data, Policy, JobSpec, SiteFile])
 def test_every_key_says_what_it_means(model: type[Section]) -> None:
     """A string under the key, which reading the source finds; at run time nothing needs it."""
     module = ast.parse(Path(inspect.getfile(model)).read_text())

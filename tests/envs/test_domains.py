@@ -11,14 +11,22 @@ from random import Random
 import pytest
 from parts import need_shared_data
 
-from slurmkit.config.data import ArithmeticEnv, MathEnv
+from slurmkit.config.data import ArithmeticEnv, Data, MathEnv
 from slurmkit.envs.arithmetic import Arithmetic
-from slurmkit.envs.environment import Domain, Message, Score, Task
+from slurmkit.envs.environment import Domain, Message, Score, Task, TaskSource
 from slurmkit.envs.math import Math, final_number
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import UserError
 
 TASKS = [Task(str(number), f"{number}=", str(number)) for number in range(10)]
+
+
+def math(path: Path) -> Math:
+    return Math(MathEnv(), Data.model_validate({name: {"data_path": str(path)} for name in ("train", "validation")}))
+
+
+def order(tasks: list[Task], *, shuffle: bool = True, position: int = 0) -> TaskOrder:
+    return TaskOrder([TaskSource(tasks, 1.0)], seed=3, shuffle=shuffle, position=position)
 
 
 def judge(domain: Domain, task: Task, reply: str) -> Score:
@@ -84,7 +92,7 @@ def test_text_without_a_marked_number_has_no_answer(text: str) -> None:
 
 def test_real_rows_are_read_and_judged_by_their_number() -> None:
     path = need_shared_data("gsm8k/test.jsonl")
-    domain = Math(MathEnv(), path, path)
+    domain = math(path)
     assert len(domain.train_tasks) == 1319
     task = domain.train_tasks[0]
     assert judge(domain, task, f"hm #### {task.answer}.00").correct
@@ -106,39 +114,39 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, content: str, messa
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        Math(MathEnv(), path, path)
+        math(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: cannot be read: No such file"):
-        Math(MathEnv(), tmp_path / "none.jsonl", tmp_path / "none.jsonl")
+        math(tmp_path / "none.jsonl")
 
 
 def test_a_line_separator_inside_a_text_does_not_end_a_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "a\u2028b", "answer": "#### 1"}, ensure_ascii=False) + "\n")
-    assert len(Math(MathEnv(), path, path).train_tasks) == 1
+    assert len(math(path).train_tasks) == 1
 
 
 def test_each_epoch_draws_every_task_once_in_an_order_of_its_own() -> None:
-    order = TaskOrder(TASKS, seed=3, shuffle=True)
-    first, second = order.draw(10), order.draw(10)
+    begun = order(TASKS)
+    first, second = begun.draw(10), begun.draw(10)
     assert sorted(first, key=lambda task: int(task.name)) == TASKS
     assert sorted(second, key=lambda task: int(task.name)) == TASKS
     assert first != second
 
 
 def test_an_order_taken_up_again_goes_on_as_if_it_had_not_stopped() -> None:
-    whole = TaskOrder(TASKS, seed=3, shuffle=True).draw(27)
-    begun = TaskOrder(TASKS, seed=3, shuffle=True)
+    whole = order(TASKS).draw(27)
+    begun = order(TASKS)
     drawn = begun.draw(13)
-    assert drawn + TaskOrder(TASKS, seed=3, shuffle=True, position=begun.position).draw(14) == whole
+    assert drawn + order(TASKS, position=begun.position).draw(14) == whole
 
 
 def test_without_shuffling_tasks_come_as_they_are() -> None:
-    assert TaskOrder(TASKS, seed=3, shuffle=False).draw(12) == TASKS + TASKS[:2]
+    assert order(TASKS, shuffle=False).draw(12) == TASKS + TASKS[:2]
 
 
 def test_the_digest_tells_data_sets_apart() -> None:
-    digests = [TaskOrder(tasks, seed=3, shuffle=True).digest for tasks in (TASKS, TASKS[:-1], TASKS[::-1])]
+    digests = [order(tasks).digest for tasks in (TASKS, TASKS[:-1], TASKS[::-1])]
     assert len(set(digests)) == 3

@@ -104,9 +104,8 @@ def test_a_sample_is_the_templates_prompt_and_the_sampled_tokens(chat: Chat) -> 
 def test_an_episode_whose_environment_fails_is_counted_and_no_zero(chat: Chat, hang: bool) -> None:
     # The third is broken, so right and wrong among the other three: means over 3, not over 4.
     groups = play(chat, Breaking(hang), ["3", "3", "3", "4"])
-    samples, metrics = judge(groups, Grpo(normalize_rewards=False, use_leave_one_out_baseline=False))
-    assert metrics["train:broken_episodes"] == 1
-    assert metrics["train:reward_mean"] == pytest.approx(2 / 3)
+    samples, _ = judge(groups, Grpo(normalize_rewards=False, use_leave_one_out_baseline=False))
+    assert len(groups[0].broken) == 1
     assert [sample.advantage[-1] for sample in samples] == pytest.approx([1 / 3, 1 / 3, -2 / 3])
     assert ("TimeoutError" if hang else "the judge is gone") in groups[0].broken[0]
 
@@ -118,11 +117,7 @@ def test_groups_without_signal_are_counted_by_reason(chat: Chat) -> None:
     assert metrics["train:dropped_groups/all_correct"] == 1
     assert metrics["train:dropped_groups/none_correct"] == 1
     assert metrics["train:dropped_groups/too_few_episodes"] == 1
-    assert metrics["train:prompts_too_long"] == 1
     assert len(samples) == 7
-    # Of all episodes, not of those alone that teach something.
-    assert metrics["train:accuracy"] == pytest.approx(4 / 8)
-    assert metrics["train:reward_mean"] == pytest.approx(4 / 8)
 
 
 def an_episode(reward: float, logprobs: Sequence[float | None], correct: bool = True) -> Episode:
@@ -177,7 +172,6 @@ def test_the_kl_of_the_whole_episode_lowers_its_reward_before_the_advantage() ->
     assert credited[1].advantage[-1] == pytest.approx(0.55, abs=1e-6)
     assert metrics["train:groups_with_signal"] == 1
     assert metrics["train:kl_penalty"] == pytest.approx(1.1 / 3, abs=1e-6)
-    assert metrics["train:reward_mean"] == 1.0
     # The policy's own logprobs are the better ones, where they are known.
     own = [replace(sample, prev_logprobs=sample.reference_logprobs) for sample in samples]
     credited, metrics = credit([group], own, grpo, loss_fn)

@@ -293,6 +293,27 @@ def test_tasks_that_cannot_be_read_are_refused(shared_path: Path, text: str, mes
     assert said.startswith(f"data.validation.data_path: {shared_path}/bad.jsonl ({origin}): {message}")
 
 
+def test_each_source_of_a_list_is_looked_at_as_what_it_is(shared_path: Path) -> None:
+    rows = '{"question": "1+1", "answer": "#### 2"}\n' * 7
+    (shared_path / "good.jsonl").write_text(rows)
+    (shared_path / "good.parquet").write_text("PAR1")
+    (shared_path / "bad.parquet").write_text(rows)
+    (shared_path / "folder").mkdir()
+
+    def said(*paths: str) -> list[str]:
+        sources = ",".join(f"{{data_path: {path}, split_validation_size: 0.1}}" for path in paths)
+        return problems(ask(shared_path, "env.name=math", f"data.train=[{sources}]"))
+
+    (problem,) = said("good.jsonl", "bad.parquet")
+    assert problem.startswith(f"data.train.1.data_path: {shared_path}/bad.parquet (command line: data.train=[")
+    assert problem.endswith("): is no Parquet file")
+    (problem,) = said("good.jsonl", "good.jsonl")
+    assert "grpo.num_prompts_per_step: 32" in problem
+    # Of these only the trainer can tell how many tasks they hold.
+    assert said("good.jsonl", "good.parquet") == said("good.jsonl", "folder") == []
+    assert said("'openai/gsm8k', split: train", "good.jsonl") == []
+
+
 def test_fewer_tasks_than_one_step_draws_are_refused(shared_path: Path) -> None:
     (shared_path / "tasks.jsonl").write_text('{"question": "1+1", "answer": "#### 2"}\n\n' * 15)
     overrides = ("env.name=math", "data.train.data_path=tasks.jsonl", "data.validation.data_path=tasks.jsonl")

@@ -1,0 +1,55 @@
+"""From the environment's reward to the one that is trained on: scaled, then shaped by the reply's length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from slurmkit.config.algorithm import Grpo, RewardScaling, RewardShaping
+from slurmkit.generation.engine import Completion
+from slurmkit.rollout.collect import Group
+from slurmkit.rollout.episode import Episode
+
+
+def scaled_group(group: Group, grpo: Grpo) -> Group:
+    """The group with its rewards scaled: what dynamic sampling looks at."""
+    return _with_rewards(group, lambda episode: scaled(episode.score.reward, grpo.reward_scaling))
+
+
+def shaped_group(group: Group, grpo: Grpo) -> Group:
+    """The group with the rewards that are trained on: scaled, then shaped."""
+    return _with_rewards(
+        scaled_group(group, grpo),
+        lambda episode: shaped(episode.score.reward, episode.completion, grpo.reward_shaping),
+    )
+
+
+def scaled(reward: float, scaling: RewardScaling) -> float:
+    """Linear from the source's range to the target's; a reward outside the source's range counts as its nearest end."""
+    if not scaling.enabled:
+        return reward
+    clamped = min(max(reward, scaling.source_min), scaling.source_max)
+    part = (clamped - scaling.source_min) / (scaling.source_max - scaling.source_min)
+    return scaling.target_min + part * (scaling.target_max - scaling.target_min)
+
+
+def shaped(reward: float, completion: Completion, shaping: RewardShaping) -> float:
+    """The reward, less what the completion's length costs.
+
+    DAPO's soft penalty (arXiv 2503.14476, equation 13) times overlong_buffer_penalty; with stop_properly_penalty_coef,
+    that part of the reward of a truncated completion.
+    """
+    if not shaping.enabled:
+        return reward
+    if shaping.stop_properly_penalty_coef is not None:
+        return reward * shaping.stop_properly_penalty_coef if completion.finish_reason == "length" else reward
+    longest, buffer = shaping.max_response_length, shaping.overlong_buffer_length
+    assert longest is not None  # the schema has seen to it
+    assert buffer is not None
+    overlong = min(max(len(completion.token_ids) - (longest - buffer), 0), buffer)
+    return reward - shaping.overlong_buffer_penalty * overlong / buffer
+
+
+def _with_rewards(group: Group, reward_of: Callable[[Episode], float]) -> Group:
+    episodes = (replace(each, score=replace(each.score, reward=reward_of(each))) for each in group.episodes)
+    return replace(group, episodes=tuple(episodes))

@@ -1,0 +1,80 @@
+"""What is said about a validation: its figures, conversations for people to read, and whether it is good enough."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slurmkit.config.algorithm import Grpo
+from slurmkit.errors import Failure
+from slurmkit.grpo.selection import score_metrics
+from slurmkit.rollout.collect import Group
+
+
+def pass_at_k(num_episodes: int, num_correct: int, k: int) -> float:
+    """The probability that one of k episodes of a task is correct, where `num_correct` of `num_episodes` >= k were.
+
+    Unbiased: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    """
+    return 1 - math.comb(num_episodes - num_correct, k) / math.comb(num_episodes, k)
+
+
+def validation_metrics(groups: Sequence[Group], grpo: Grpo) -> dict[str, float]:
+    """Figures over all episodes, and pass@k over the tasks of which enough episodes were played.
+
+    Failure where every environment broke.
+    """
+    episodes = [episode for group in groups for episode in group.episodes]
+    broken = [text for group in groups for text in group.broken]
+    if not episodes:
+        raise Failure(f"the environment broke in all {len(broken)} validation episodes; first in {broken[0]}")
+    metrics = {
+        **score_metrics("val", episodes),
+        "val:broken_episodes": float(len(broken)),
+        "val:prompts_too_long": float(
+            sum(episode.completion.finish_reason == "prompt_too_long" for episode in episodes)
+        ),
+    }
+    for k in grpo.pass_at:
+        counts = [(len(group.episodes), sum(each.score.correct for each in group.episodes)) for group in groups]
+        played = [pass_at_k(n, correct, k) for n, correct in counts if n >= k]
+        if played:
+            metrics[f"val:pass@{k}"] = statistics.fmean(played)
+    return metrics
+
+
+def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -> None:
+    """Write validation/step_N.jsonl: a line for each episode of `groups`.
+
+    Failure where that cannot be written.
+    """
+    path = run_directory / "validation" / f"step_{step}.jsonl"
+    lines = [
+        {
+            "task": episode.task.name,
+            "messages": [{"role": message.role, "content": message.content} for message in episode.messages[:-1]],
+            "reply": episode.messages[-1].content,
+            "reward": episode.score.reward,
+            "correct": episode.score.correct,
+            "finish_reason": episode.completion.finish_reason,
+        }
+        for group in groups
+        for episode in group.episodes
+    ]
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise Failure(f"{path} cannot be written: {error.strerror}") from None
+
+
+def is_good_enough(metrics: Mapping[str, float], grpo: Grpo) -> bool:
+    """Whether the run stops here: the validation among `metrics`, if there was one, has reached its threshold."""
+    metric, threshold = grpo.stop_at_validation_metric, grpo.stop_at_validation_threshold
+    return metric is not None and threshold is not None and metrics.get(metric, -math.inf) >= threshold

@@ -1,0 +1,34 @@
+"""Groups of episodes made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slurmkit.envs.environment import Message, Score, Task
+from slurmkit.generation.engine import Completion, FinishReason
+from slurmkit.rollout.collect import Group
+from slurmkit.rollout.episode import Episode
+
+
+def episode(
+    reward: float, *, name: str = "task", length: int = 2, reason: FinishReason = "stop", correct: bool | None = None
+) -> Episode:
+    """An episode that is correct where its reward is above 0, of a prompt of three tokens."""
+    length = 0 if reason == "prompt_too_long" else length
+    return Episode(
+        task=Task(name, f"{name}?", "1"),
+        prompt_ids=(1, 2, 3),
+        completion=Completion((7,) * length, (-0.5,) * length, reason, 0),
+        temperature=1.0,
+        score=Score(reward, reward > 0 if correct is None else correct),
+        messages=(Message("user", f"{name}?"), Message("assistant", "1")),
+    )
+
+
+def group(*rewards: float, name: str = "task", broken: Sequence[str] = ()) -> Group:
+    return of(*(episode(reward, name=name) for reward in rewards), broken=broken)
+
+
+def of(*episodes: Episode, broken: Sequence[str] = ()) -> Group:
+    task = episodes[0].task if episodes else Task("task", "task?", "1")
+    return Group(task, episodes, tuple(broken))

@@ -1,0 +1,44 @@
+"""From the environment's reward to the one that is trained on."""
+
+from __future__ import annotations
+
+import pytest
+from groups import episode, of
+
+from slurmkit.config.algorithm import Grpo, RewardScaling, RewardShaping
+from slurmkit.grpo.rewards import scaled, shaped, shaped_group
+
+SOFT = RewardShaping(enabled=True, overlong_buffer_length=4, overlong_buffer_penalty=0.5, max_response_length=10)
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(1, 0), (6, 0), (7, 1 / 4), (8, 2 / 4), (9, 3 / 4), (10, 1), (11, 1), (1000, 1)]
+)
+def test_the_soft_penalty_grows_over_the_buffer_and_no_further(length: int, penalty: float) -> None:
+    """arXiv 2503.14476, equation 13, with L_max 10 and L_cache 4."""
+    assert shaped(1.0, episode(1.0, length=length).completion, SOFT) == pytest.approx(1 - 0.5 * penalty)
+
+
+def test_a_truncated_reply_earns_a_part_of_its_reward() -> None:
+    shaping = RewardShaping(enabled=True, stop_properly_penalty_coef=0.25)
+    assert shaped(1.0, episode(1.0, reason="length").completion, shaping) == 0.25
+    assert shaped(1.0, episode(1.0, reason="stop").completion, shaping) == 1.0
+
+
+@pytest.mark.parametrize(("reward", "expected"), [(0.0, -1.0), (2.0, 3.0), (0.5, 0.0), (-9.0, -1.0), (9.0, 3.0)])
+def test_scaling_is_linear_between_its_ends_and_clamps_outside(reward: float, expected: float) -> None:
+    scaling = RewardScaling(enabled=True, source_min=0.0, source_max=2.0, target_min=-1.0, target_max=3.0)
+    assert scaled(reward, scaling) == expected
+
+
+def test_what_is_not_enabled_changes_nothing() -> None:
+    grpo = Grpo(reward_scaling=RewardScaling(target_max=9.0), reward_shaping=RewardShaping(overlong_buffer_length=1))
+    given = of(episode(0.7, length=50), episode(-3.0, reason="length"))
+    assert shaped_group(given, grpo) == given
+
+
+def test_shaping_follows_scaling_and_leaves_what_is_correct() -> None:
+    grpo = Grpo(reward_scaling=RewardScaling(enabled=True, target_max=10.0), reward_shaping=SOFT)
+    found = shaped_group(of(episode(1.0, length=10), episode(0.0)), grpo)
+    assert [each.score.reward for each in found.episodes] == [9.5, 0.0]
+    assert [each.score.correct for each in found.episodes] == [True, False]

@@ -1,0 +1,92 @@
+"""Episodes that the environment spoils, and prompts that leave no room."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tiny import make_tiny_model, tiny_config
+
+from slurmkit.config.data import ArithmeticEnv
+from slurmkit.envs.arithmetic import Arithmetic
+from slurmkit.envs.environment import Environment, Score, Task
+from slurmkit.errors import UserError
+from slurmkit.generation.engine import Completion, SamplingParams
+from slurmkit.rollout.chat import Chat
+from slurmkit.rollout.collect import Sampling, collect, refuse_prompts_that_never_fit
+
+TASKS = [Task("short", "1+1=", "2"), Task("long", "1" * 100, "2")]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    return Chat(make_tiny_model(tmp_path_factory.mktemp("chat") / "model"))
+
+
+class Judged(Arithmetic):
+    """Environments that give these rewards, one after the other."""
+
+    def __init__(self, *rewards: float) -> None:
+        super().__init__(ArithmeticEnv(), seed=1)
+        self._rewards = list(rewards)
+
+    def environment(self) -> Environment:  # type: ignore[override]
+        environment, reward = super().environment(), self._rewards.pop(0)
+
+        async def score() -> Score:
+            return Score(reward, True)
+
+        environment.score = score  # type: ignore[method-assign]
+        return environment
+
+
+class Engine:
+    async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
+        return Completion((50, 257), (-0.5, -0.5), "stop", 0)
+
+
+def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(chat: Chat) -> None:
+    groups = asyncio.run(
+        collect(
+            TASKS[:1],
+            episodes_per_task=4,
+            domain=Judged(1.0, float("nan"), float("inf"), 0.5),
+            policy=Engine(),
+            chat=chat,
+            sampling=Sampling(1.0, 5, (1,)),
+            environment_timeout_seconds=5.0,
+        )
+    )
+    assert [episode.score.reward for episode in groups[0].episodes] == [1.0, 0.5]
+    assert groups[0].broken == tuple(
+        f"task short: _Episode: ValueError: the reward is {each}" for each in ("nan", "inf")
+    )
+    assert [message.role for message in groups[0].episodes[0].messages] == ["user", "assistant"]
+    assert groups[0].episodes[0].messages[1].content == chat.reply_text((50, 257))
+
+
+def test_a_later_round_of_a_step_draws_numbers_of_its_own() -> None:
+    together = [Sampling(1.0, 5, (1, 0, 3)).of_episode(index).seed for index in range(12)]
+    rounds = [Sampling(1.0, 5, (1, 0, 3), first).of_episode(index).seed for first in (0, 8) for index in range(4)]
+    assert rounds == together[:4] + together[8:]
+
+
+def test_tasks_of_which_no_prompt_fits_are_refused_with_the_shortest(chat: Chat, tmp_path: Path) -> None:
+    def check(tasks: list[Task], **policy: int) -> None:
+        config = tiny_config(tmp_path, policy={**tiny_config(tmp_path).policy.model_dump(), **policy})
+        domain = Arithmetic(ArithmeticEnv(), seed=1)
+        asyncio.run(refuse_prompts_that_never_fit("training", tasks, domain, chat, config))
+
+    check(TASKS[::-1])
+    longer = Task("longer", "1" * 120, "2")
+    with pytest.raises(UserError) as refused:
+        check([longer, TASKS[1]])
+    length = len(chat.prompt_ids(asyncio.run(Arithmetic(ArithmeticEnv(), 1).environment().start(TASKS[1]))))
+    assert str(refused.value) == (
+        "policy.max_total_sequence_length 64 has no room for a reply to any of the 2 training tasks: the shortest "
+        f"prompt, of long, has {length} tokens"
+    )
+    with pytest.raises(UserError):
+        check([TASKS[1]], max_total_sequence_length=length)
+    check([TASKS[1]], max_total_sequence_length=length + 1)
