@@ -12,7 +12,7 @@ from parts import REPOSITORY
 from tiny import tiny_config
 
 from slurmkit.config.load import load_config
-from slurmkit.config.schema import TrainConfig
+from slurmkit.config.schema import Checkpointing, TrainConfig
 from slurmkit.config.section import Section, ValidationError
 from slurmkit.job.site import SiteFile
 from slurmkit.job.spec import JobSpec
@@ -36,7 +36,19 @@ from slurmkit.job.spec import JobSpec
         ("policy", {"from_scratch": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads"),
         ("env", {"name": "math"}, "data.train.data_path must name a JSONL file"),
         ("data", {"train": {"data_path": "x.jsonl"}}, "data.train.data_path must be null"),
-        ("checkpointing", {"metric_name": "val:acuracy"}, "'val:accuracy'"),
+        (
+            "checkpointing",
+            {"metric_name": "val:acuracy"},
+            "val:acuracy is not computed .*nearest that is is val:accuracy",
+        ),
+        (
+            "checkpointing",
+            {"metric_name": "time:checkpoint_write"},
+            "time:checkpoint_write is not computed by this run",
+        ),
+        ("checkpointing", {"checkpoint_must_save_by": "3:45:00"}, "should be DD:HH:MM:SS, such as 00:03:45:00 .*not"),
+        ("checkpointing", {"checkpoint_must_save_by": "00:24:00:00"}, "should be DD:HH:MM:SS"),
+        ("cluster", {"peak_tflops_per_gpu": 0.0}, "greater than 0"),
         ("loss_fn", {"ratio_clip_min": float("nan")}, "ratio_clip_min"),
         ("loss_fn", {"use_cispo": True, "disable_ppo_ratio": True}, "exclude each other"),
     ],
@@ -56,6 +68,12 @@ def test_a_loss_that_does_not_fit_the_rest_is_refused(tmp_path: Path) -> None:
     in_reward = {"use_kl_in_reward": True, "reference_policy_kl_penalty": 0.1, "reference_policy_kl_type": "k1"}
     with pytest.raises(ValidationError, match="maxrl divides by a mean"):
         tiny_config(tmp_path, loss_fn=in_reward, grpo={"adv_estimator": {"name": "maxrl"}})
+
+
+def test_the_time_of_the_last_save_is_counted_in_days_hours_minutes_and_seconds() -> None:
+    given = Checkpointing(checkpoint_must_save_by="01:03:45:10")
+    assert given.must_save_by_seconds == ((24 + 3) * 60 + 45) * 60 + 10
+    assert Checkpointing().must_save_by_seconds is None
 
 
 def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
