@@ -227,7 +227,7 @@ def summary(run: Run, plain: Run, events: list[Event]) -> dict[str, Any]:
     """Figures of the soak. Seconds."""
     effects = [found for event in events if (found := effect_of(event, events, run)).ended is not None]
     wall = (run.attempts[-1].ended or 0) - run.attempts[0].started
-    useful = sum(line.get("time:step", 0) + line.get("time:validation", 0) for line in run.metrics)
+    useful = sum(line.get("time:step", 0) for line in run.metrics)
     again = [found.training for found in effects if found.training is not None]
     detect = [found.noticed for found in effects if found.noticed is not None]
     return {

@@ -6,13 +6,22 @@ key that has no class here or in the files beside it is an error. Imports stay l
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from slurmkit.config.algorithm import Grpo, LossFn
 from slurmkit.config.data import Data, Env
-from slurmkit.config.kinds import Count, Seconds
+from slurmkit.config.kinds import Count, Positive, Seconds
+from slurmkit.config.metrics import computed
 from slurmkit.config.model import Policy
-from slurmkit.config.section import Field, Section, model_validator
+from slurmkit.config.section import AfterValidator, Field, Section, model_validator
+from slurmkit.config.validate import nearest
+
+
+def _duration(text: str) -> str:
+    if re.fullmatch(r"\d{2,}:([01]\d|2[0-3]):[0-5]\d:[0-5]\d", text) is None:
+        raise ValueError(f"should be DD:HH:MM:SS, such as 00:03:45:00 for three and three quarter hours, not {text!r}")
+    return text
 
 
 class Checkpointing(Section):
@@ -20,18 +29,27 @@ class Checkpointing(Section):
     """Save checkpoints. Metrics and plots are always written."""
     checkpoint_dir: str = "results/grpo"
     """The run directory: step_N/, metrics.jsonl, plots/, wandb/, model/. On a disk that all nodes share."""
-    metric_name: Literal["val:accuracy", "val:reward_mean", "train:accuracy", "train:reward_mean"] | None = (
-        "val:accuracy"
-    )
-    """Which checkpoints are best; null keeps the latest keep_top_k. Computed before a save that needs it."""
+    metric_name: str | None = "val:accuracy"
+    """Which checkpoints are best: any metric of docs/metrics.md that the run computes, and that is computed before a
+    save; null keeps the latest keep_top_k."""
     higher_is_better: bool = True
     """Whether a larger metric is better."""
     keep_top_k: Count | None = 3
     """Best checkpoints to keep beside the latest; null keeps all."""
     save_period: Count = 10
     """Save after every so many steps, and after the last."""
+    checkpoint_must_save_by: Annotated[str, AfterValidator(_duration)] | None = None
+    """DD:HH:MM:SS since the trainer started: once, save after the last step that ends before, and go on."""
     resume: str = "auto"
     """Where to go on: auto is the run's newest good checkpoint, never starts anew, else a checkpoint's folder."""
+
+    @property
+    def must_save_by_seconds(self) -> float | None:
+        """checkpoint_must_save_by in seconds."""
+        if self.checkpoint_must_save_by is None:
+            return None
+        days, hours, minutes, seconds = map(int, self.checkpoint_must_save_by.split(":"))
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class Wandb(Section):
@@ -50,6 +68,8 @@ class Logger(Section):
     """Where to."""
     num_val_transcripts: Annotated[int, Field(ge=0)] = 16
     """Validation tasks whose conversations are kept in validation/step_N.jsonl of the run directory."""
+    tensorboard_enabled: bool = False
+    """Log to TensorBoard as well, in tensorboard/ of the run directory."""
 
 
 class Cluster(Section):
@@ -60,6 +80,8 @@ class Cluster(Section):
     out, a job's own number of GPUs per node, and 1 in `slurmkit run`."""
     placement_timeout_seconds: Seconds = 120.0
     """How long Ray may take to find room for all of them."""
+    peak_tflops_per_gpu: Positive | None = None
+    """What a GPU can do, in dense TFLOP/s of bfloat16, for perf:mfu; null takes it from the GPU's name, if known."""
     call_timeout_seconds: Seconds = 1800.0
     """How long any one call to a rank or an engine may take before the run gives up."""
 
@@ -115,6 +137,17 @@ class TrainConfig(Section):
             raise ValueError(
                 "grpo.adv_estimator.name maxrl divides by a mean reward that must be positive, and "
                 "loss_fn.use_kl_in_reward true lowers the rewards: set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_are_judged_by_what_there_is(self) -> Self:
+        name = self.checkpointing.metric_name
+        if name is not None and name not in (there := computed(self)):
+            near = nearest(name, there)
+            raise ValueError(
+                f"checkpointing.metric_name {name} is not computed by this run"
+                + (f"; the nearest that is is {near}" if near else ": docs/metrics.md lists what is")
             )
         return self
 

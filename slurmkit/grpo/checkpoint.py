@@ -6,22 +6,28 @@
         config.json         the settled configuration
         optimizer.pt        the optimiser's whole state, for any number of ranks
         model/              Hugging Face format, with tokenizer: from_pretrained opens it
+    latest -> step_12       the newest
+    best -> step_8          by checkpointing.metric_name, once one has that metric
 
 There is no random state to save: every random choice follows from grpo.seed and the step it is made in.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from slurmkit.config.schema import Checkpointing
 from slurmkit.errors import Failure, NodeFailure
+from slurmkit.grpo.metrics import say
 
 CONFIG_FILE = "config.json"
 
@@ -45,26 +51,19 @@ class Checkpoints:
         self._run_directory = run_directory
         self._config = config
 
-    async def save(self, state: TrainerState, write: Callable[[Path], Awaitable[None]]) -> Path:
+    async def save(self, state: TrainerState, write: Callable[[Path], Awaitable[Mapping[str, str] | None]]) -> Path:
         """Write step_N beside its place, rename it, then let go of what need not be kept.
 
-        `write` puts the model, its tokenizer, the optimiser and the configuration into the folder it is given. Failure
-        says why it could not be written, and what room there is; then nothing has changed.
+        `write` puts the model, its tokenizer, the optimiser and the configuration into the folder it is given, and may
+        return the SHA-256 of files there that it knows. Failure says why it could not be written, and what room there
+        is; then nothing has changed. What takes long leaves the event loop to others.
         """
         folder = self._run_directory / f"step_{state.step}"
         unfinished = self._run_directory / f".step_{state.step}.unfinished"
-        for left in self._run_directory.glob(".step_*"):  # by an attempt that was killed
-            shutil.rmtree(left, ignore_errors=True)
         try:
-            unfinished.mkdir()
-            await write(unfinished)
-            (unfinished / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
-            (unfinished / "manifest.json").write_text(json.dumps(_digests(unfinished), indent=1))
-            flush(unfinished)
-            if folder.exists():  # found damaged when the run was taken up again
-                self._remove(folder)
-            os.replace(unfinished, folder)
-            _flush_file(self._run_directory)
+            await asyncio.to_thread(self._make, unfinished)
+            digests = await write(unfinished)
+            await asyncio.to_thread(self._complete, state, unfinished, folder, digests or {})
         except NodeFailure:
             raise
         except (OSError, Failure) as error:
@@ -72,8 +71,22 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = "".join(f"; {path.name} stays as it is" for path in self.all()[-1:])
             raise Failure(f"{folder} cannot be saved, with {room:,.1f} MiB left on its disk: {error}{kept}") from error
-        self._prune()
+        await asyncio.to_thread(self._tidy)
         return folder
+
+    def _make(self, unfinished: Path) -> None:
+        for left in self._run_directory.glob(".step_*"):  # by an attempt that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        unfinished.mkdir()
+
+    def _complete(self, state: TrainerState, unfinished: Path, folder: Path, digests: Mapping[str, str]) -> None:
+        (unfinished / "trainer.json").write_text(json.dumps(asdict(state), indent=1))
+        (unfinished / "manifest.json").write_text(json.dumps(digests_of(unfinished, digests), indent=1))
+        flush(unfinished)
+        if folder.exists():  # found damaged when the run was taken up again
+            self._remove(folder)
+        os.replace(unfinished, folder)
+        _flush_file(self._run_directory)
 
     def newest_good(self, say: Callable[[str], None]) -> tuple[Path, TrainerState] | None:
         """The newest checkpoint whose files are what was written. `say` hears of each one that is passed over."""
@@ -89,15 +102,29 @@ class Checkpoints:
         found = [path for path in self._run_directory.glob("step_*") if path.name[5:].isdigit()]
         return sorted(found, key=step_of)
 
-    def _prune(self) -> None:
+    def _tidy(self) -> None:
+        """Renew the links, then remove what they and keep_top_k do not ask for."""
         folders, keep = self.all(), self._config.keep_top_k
-        if keep is None:
-            return
         # Of equally good ones the newer is better: it has seen more.
         ranked = sorted(folders, key=lambda folder: (self._value(folder), step_of(folder)), reverse=True)
-        for folder in ranked[keep:]:
-            if folder != folders[-1]:
-                self._remove(folder)
+        has_best = self._config.metric_name is not None and self._value(ranked[0]) > -math.inf
+        try:
+            self._link("latest", folders[-1])
+            self._link("best", ranked[0] if has_best else None)
+            for folder in ranked[keep:] if keep is not None else ():
+                if folder != folders[-1]:
+                    self._remove(folder)
+        except OSError as error:
+            say(f"links and old checkpoints in {self._run_directory} stay as they are: {error}")
+
+    def _link(self, name: str, folder: Path | None) -> None:
+        link, beside = self._run_directory / name, self._run_directory / f".{name}.unfinished"
+        beside.unlink(missing_ok=True)
+        if folder is None:
+            link.unlink(missing_ok=True)
+            return
+        beside.symlink_to(folder.name)
+        os.replace(beside, link)
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: one that is killed in between leaves nothing that looks like a damaged checkpoint.
@@ -110,9 +137,9 @@ class Checkpoints:
         if name is None:
             return 0.0
         try:
-            value = state_of(folder).metrics.get(name, float("-inf"))
+            value = state_of(folder).metrics.get(name, -math.inf)
         except (OSError, ValueError, TypeError):
-            return float("-inf")  # a damaged one is the first to go
+            return -math.inf  # a damaged one is the first to go
         return value if self._config.higher_is_better else -value
 
 
@@ -140,25 +167,32 @@ def state_of(folder: Path) -> TrainerState:
     return TrainerState(**json.loads((folder / "trainer.json").read_text()))
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests_of(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """The SHA-256 of every file under `folder` but the manifest, by its path there; `known` ones are not read."""
     digests = {}
     for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
         if path.is_file() and path.name != "manifest.json":
-            with path.open("rb") as file:
-                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[name] = known.get(name) or _digest(path)
     return digests
 
 
-def problem_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None where all is well."""
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def problem_of(folder: Path, part: str = "") -> str | None:
+    """What is wrong with a checkpoint, or with its files whose paths begin with `part`; None where all is well."""
     try:
         written = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         return f"manifest.json cannot be read: {error}"
-    found = _digests(folder)
     for name, digest in written.items():
-        if name not in found:
+        if not name.startswith(part):
+            continue
+        if not (folder / name).is_file():
             return f"{name} is missing"
-        if found[name] != digest:
+        if _digest(folder / name) != digest:
             return f"{name} is not what was written: its SHA-256 differs from manifest.json"
     return None

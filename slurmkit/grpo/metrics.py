@@ -1,12 +1,13 @@
-"""Where a run's figures go: metrics.jsonl always, the console, and W&B when asked.
+"""Where a run's figures go: metrics.jsonl always, the console, and W&B and TensorBoard when asked.
 
-Names: `train:…` of the step's rollouts and update, `val:…` of validation tasks, `time:…` seconds. One line per step;
-step 0 is the model before training, and `last_step` says in every line how many there will be.
+Names: docs/metrics.md. One line per step; step 0 is the model before training, and `last_step` says in every line how
+many there will be.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
@@ -42,6 +43,8 @@ class RunLog:
             self._forget_after(resume_after)
         self._file = self._path.open("ab", buffering=0)
         self._wandb = _wandb_run(run_directory, config) if config.logger.wandb_enabled else None
+        logs_events = config.logger.tensorboard_enabled
+        self._tensorboard = _tensorboard_writer(run_directory, resume_after) if logs_events else None
 
     def _forget_after(self, step: int) -> None:
         """Steps after the checkpoint are about to be made again; a line cut short by a crash goes with them."""
@@ -71,10 +74,15 @@ class RunLog:
         say(f"step {step}/{self._last_step}  " + "  ".join(shown))
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Have all lines on the disk: a checkpoint must not outlive the lines before it."""
         os.fsync(self._file.fileno())
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def __enter__(self) -> RunLog:
         return self
@@ -83,6 +91,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is None:
             return
         if kind is None or issubclass(kind, Interrupted):  # the next attempt goes on with it
@@ -102,6 +112,35 @@ def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     metrics[name] = time.perf_counter() - start
+
+
+# What a step consists of, one after the other.
+_PHASES = ("rollout", "logprobs", "update", "weights", "validation", "checkpoint")
+
+
+@contextmanager
+def whole_step(metrics: dict[str, float]) -> Iterator[None]:
+    """Put the seconds that the block takes under `time:step`, those that no phase in it took under `time:other`."""
+    with timed(metrics, "time:step"):
+        yield
+    metrics["time:other"] = metrics["time:step"] - sum(metrics.get(f"time:{phase}", 0.0) for phase in _PHASES)
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Failure where a figure is NaN or infinite: nothing that follows from such a step is worth making, or saving."""
+    diverged = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if diverged:
+        raise Failure(
+            f"step {step} has diverged and is not saved: {', '.join(diverged)}. A smaller policy.optimizer.kwargs.lr "
+            "or policy.max_grad_norm may help; the run goes on from its newest checkpoint"
+        )
+
+
+def _tensorboard_writer(run_directory: Path, resume_after: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What was logged of steps that are about to be made again, or of another run in this folder, does not count.
+    return SummaryWriter(run_directory / "tensorboard", purge_step=0 if resume_after is None else resume_after + 1)
 
 
 def _wandb_run(run_directory: Path, config: TrainConfig) -> Any:

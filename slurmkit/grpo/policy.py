@@ -5,14 +5,16 @@ Shapes: T positions of packed sequences, V vocabulary.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
+import resource
 import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -28,17 +30,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from slurmkit.config.schema import TrainConfig
+from slurmkit.errors import NodeFailure
 from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.weights import Weights
 from slurmkit.grpo.batch import MicroBatch, OptimizerStep
-from slurmkit.grpo.checkpoint import flush
 from slurmkit.grpo.loss import policy_loss
 from slurmkit.grpo.loss_sums import LossSums
 from slurmkit.grpo.policy_model import PolicyModel
+from slurmkit.grpo.throughput import Description, shape_of
+from slurmkit.grpo.writer import Writer, apart
 
 # The whole state on the CPU of rank 0, under the names of the unsharded model: any other number of ranks can load it.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -46,10 +51,14 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one rank saw of one optimiser step: its part of the sums, and the gradient's norm over all ranks."""
+    """What one rank saw of one optimiser step: its part of the sums, and the gradient's norm over all ranks.
+
+    `peak_memory_gib` is the most that a rank has held up to now: what torch has reserved of a GPU, else of the process.
+    """
 
     sums: LossSums
     grad_norm: float
+    peak_memory_gib: float
 
 
 class PolicyWorker:
@@ -63,6 +72,7 @@ class PolicyWorker:
         self._device = torch.device("cuda" if config.cluster.gpus_per_node else "cpu")
         self._timeout = timedelta(seconds=config.cluster.call_timeout_seconds)
         self._version = 0
+        self._writer = Writer()
 
     def open_store(self, address: str) -> int:
         """On rank 0: listen at `address` for the other ranks; the port, which the system chooses."""
@@ -125,7 +135,17 @@ class PolicyWorker:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._version += 1
-        return StepResult(reduce(add, results), float(norm))
+        return StepResult(reduce(add, results), float(norm), self._peak_memory_gib())
+
+    def describe(self) -> Description:
+        """The model's shape, and the name of the device."""
+        on_gpu = self._device.type == "cuda"
+        return Description(shape_of(self._model), torch.cuda.get_device_name(self._device) if on_gpu else "CPU")
+
+    def _peak_memory_gib(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def _forward_backward(self, micro_batch: MicroBatch) -> LossSums:
         batch = micro_batch.to(self._device)
@@ -150,13 +170,23 @@ class PolicyWorker:
         return [] if weights is None else [ray.put(weights)]
 
     def save(self, folder: str) -> None:
-        """Write `model/` (Hugging Face safetensors) and `optimizer.pt`; rank 0 writes."""
+        """Copy the whole state to rank 0's memory, whose thread then writes `model/` and `optimizer.pt`."""
         weights = get_model_state_dict(self._model, options=_WHOLE)
         optimizer = get_optimizer_state_dict(self._model, self._optimizer, options=_WHOLE)
         if self._rank == 0:
-            self._model.save_pretrained(Path(folder) / "model", state_dict=weights)
-            torch.save(optimizer, Path(folder) / "optimizer.pt")
-            flush(Path(folder))  # here, as the driver's node may not be the one whose memory holds it
+            live = tree_leaves([list(self._model.parameters()), self._optimizer.state_dict()["state"]])
+            weights, optimizer = apart(weights, live), apart(optimizer, live)
+            write = partial(self._write, Path(folder), weights, optimizer)
+            self._writer.start(Path(folder), write, weights, optimizer)
+
+    def _write(self, folder: Path, weights: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """In the writer's thread, while this rank goes on training: of the model it may take the configuration."""
+        self._model.save_pretrained(folder / "model", state_dict=weights)
+        torch.save(optimizer, folder / "optimizer.pt")
+
+    def written(self) -> dict[str, str] | None:
+        """On rank 0: what `Writer.result` says of the last `save`."""
+        return self._writer.result()
 
 
 def use_interface_of(address: str) -> None:
@@ -199,7 +229,13 @@ class Policy:
         results = await together(
             *(rank.call("update", micro_batches) for rank, micro_batches in zip(self._ranks, step.ranks, strict=True))
         )
-        return StepResult(reduce(add, (result.sums for result in results)), results[0].grad_norm)
+        peak = max(result.peak_memory_gib for result in results)
+        return StepResult(reduce(add, (result.sums for result in results)), results[0].grad_norm, peak)
+
+    async def describe(self) -> Description:
+        """The model's shape, and the name of rank 0's device."""
+        description: Description = await self._ranks[0].call("describe")
+        return description
 
     async def put_weights(self) -> Any:
         """A Ray reference to the whole model's `Weights`, for engines to fetch; the driver never holds them."""
@@ -207,8 +243,26 @@ class Policy:
         return references[0][0]
 
     async def save(self, folder: Path) -> None:
-        """Write model and optimiser state under `folder`, which rank 0's node must see."""
+        """Copy model and optimiser state, and begin to write them under `folder`, which rank 0's node must see."""
         await self._all("save", str(folder))
+
+    async def written(self) -> dict[str, str]:
+        """Wait until that is written; the SHA-256 of every file in the folder. Failure where it could not be."""
+        rank, pause = self._ranks[0], 0.02
+        try:
+            async with asyncio.timeout(rank.timeout_seconds):
+                while True:
+                    # Asked again and again, as rank 0 has an update to make meanwhile and does one thing at a time.
+                    digests: dict[str, str] | None = await rank.call("written")
+                    if digests is not None:
+                        return digests
+                    await asyncio.sleep(pause)
+                    pause = min(1.0, 1.5 * pause)
+        except TimeoutError:
+            raise NodeFailure(
+                f"{rank.name} did not write the checkpoint within {rank.timeout_seconds:g} s "
+                "(cluster.call_timeout_seconds)"
+            ) from None
 
     async def _all(self, method: str, *arguments: Any) -> None:
         await together(*(rank.call(method, *arguments) for rank in self._ranks))

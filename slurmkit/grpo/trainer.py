@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -16,20 +16,22 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Domain, Task
 from slurmkit.envs.tasks import TaskOrder
-from slurmkit.errors import Failure, UserError
+from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
-from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState
+from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 from slurmkit.grpo.cluster import ray_connection, start_actors, watch_ray
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.from_scratch import starting_model
 from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
-from slurmkit.grpo.metrics import RunLog, say, timed
+from slurmkit.grpo.metrics import RunLog, check_finite, say, timed, whole_step
 from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.resume import starting_point
 from slurmkit.grpo.rewards import shaped_group
+from slurmkit.grpo.saving import Saver
 from slurmkit.grpo.selection import Selection, select, without_truncated
+from slurmkit.grpo.throughput import Gauge
 from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
@@ -44,6 +46,7 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     Raises UserError for data or a model that cannot be used, NodeFailure where Ray or an actor died, Failure where an
     actor raised or no group carried signal for too long, and Interrupted, once all is saved, where that was asked for.
     """
+    started = time.monotonic()
     run_directory = Path(config.checkpointing.checkpoint_dir).absolute()
     domain = make_domain(config)
     epochs = config.grpo.max_num_epochs
@@ -86,8 +89,11 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
         resume_after = state.step if is_own else None
         log = stack.enter_context(RunLog(run_directory, config, last_step=last_step, resume_after=resume_after))
         plots = await stack.enter_async_context(Plots(run_directory))
+        saving = Saver(checkpoints, policy, chat, config, saved=checkpoint, started=started)
+        saver = await stack.enter_async_context(saving)
+        gauge = Gauge(config, await policy.describe())
         trainer = Trainer(
-            config, domain, order, chat, pool, policy, checkpoints, log, plots, interrupts, last_step, state, checkpoint
+            config, domain, order, chat, pool, policy, saver, log, plots, gauge, interrupts, last_step, state
         )
         await guarded(trainer.run(), watch_ray())
 
@@ -102,14 +108,13 @@ class Trainer:
     chat: Chat
     pool: EnginePool
     policy: Policy
-    checkpoints: Checkpoints
+    saver: Saver
     log: RunLog
     plots: Plots
+    gauge: Gauge
     interrupts: Interrupts
     last_step: int
     state: TrainerState
-    saved: Path | None
-    """The checkpoint of `state`, once there is one."""
 
     async def run(self) -> None:
         """All steps that are left.
@@ -120,8 +125,15 @@ class Trainer:
         """
         try:
             await self.make_steps()
+            await self.saver.settle()
         except Interrupted:
             await self.leave()
+        except NodeFailure:
+            raise
+        except Failure:
+            # A full disk fails whoever writes next, and the save is what filled it: its failure says more.
+            await self.saver.settle()
+            raise
 
     async def make_steps(self) -> None:
         """A step that has begun to change the weights is finished whatever happens; until then it can be dropped."""
@@ -132,7 +144,7 @@ class Trainer:
         while not self.is_over():
             step = self.state.step + 1
             metrics: dict[str, float] = {}
-            with timed(metrics, "time:step"):
+            with whole_step(metrics):
                 with timed(metrics, "time:rollout"):
                     selection = await self.interrupts.unless(self.rollout(step))
                 groups = [shaped_group(group, self.config.grpo) for group in selection.kept]
@@ -152,43 +164,48 @@ class Trainer:
                         metrics |= await self.update(updates)
                     with timed(metrics, "time:weights"):
                         await self.pool.load(await self.policy.put_weights())
-            saving = self.due_to_save(step)
-            validating = self.due_to_validate(step, saving)
-            if validating:
-                with timed(metrics, "time:validation"):
-                    metrics |= await self.validate(step)
-                saving = saving or (self.config.checkpointing.enabled and is_good_enough(metrics, self.config.grpo))
+                metrics |= self.saver.check()
+                saving = self.due_to_save(step)
+                validating = self.due_to_validate(step, saving)
+                if validating:
+                    with timed(metrics, "time:validation"):
+                        metrics |= await self.validate(step)
+                    saving = saving or (self.config.checkpointing.enabled and is_good_enough(metrics, self.config.grpo))
+                check_finite(step, metrics)
+                has_signal = metrics["train:groups_with_signal"] > 0
+                self.state = TrainerState(
+                    step=step,
+                    position=self.order.position,
+                    updates=self.state.updates + len(updates),
+                    steps_without_signal=0 if has_signal else self.state.steps_without_signal + 1,
+                    tasks_digest=self.state.tasks_digest,
+                    metrics=metrics,
+                )
+                if saving:
+                    with timed(metrics, "time:checkpoint"):
+                        metrics |= await self.saver.copy(self.state)
+            metrics |= self.gauge.read(selection.generated, updates, metrics)
             self.log.write(step, metrics)
-            self.state = TrainerState(
-                step=step,
-                position=self.order.position,
-                updates=self.state.updates + len(updates),
-                steps_without_signal=0 if metrics["train:groups_with_signal"] else self.state.steps_without_signal + 1,
-                tasks_digest=self.state.tasks_digest,
-                metrics=metrics,
-            )
-            self.saved = None
+            if saving:
+                self.log.flush()
+                self.saver.logged()
             if validating:
                 self.plots.redraw()
             self.check_signal()
-            if saving:
-                await self.save()
-
-    async def save(self) -> Path:
-        """Save the last finished step."""
-        self.log.flush()
-        self.saved = await self.checkpoints.save(self.state, self.write_checkpoint)
-        return self.saved
 
     async def leave(self) -> NoReturn:
         """Save the last finished step unless it is saved already, then raise Interrupted that says so."""
-        step = self.state.step
+        folder, step = await self.saver.settle(), self.state.step
         if not step:
             raise Interrupted
-        if self.saved is None and not self.config.checkpointing.enabled:
-            raise Interrupted(f"interrupted after step {step}: nothing is saved, as checkpointing.enabled is false")
-        folder = self.saved or await self.save()
-        raise Interrupted(f"interrupted after step {step}: everything is saved in {folder.name}")
+        if folder is None or folder.name != f"step_{step}":
+            if not self.config.checkpointing.enabled:
+                raise Interrupted(f"interrupted after step {step}: nothing is saved, as checkpointing.enabled is false")
+            self.log.flush()
+            await self.saver.copy(self.state)
+            self.saver.logged()
+            await self.saver.settle()
+        raise Interrupted(f"interrupted after step {step}: everything is saved in step_{step}")
 
     async def rollout(self, step: int) -> Selection:
         """The step's groups: further tasks, each played by a group of episodes."""
@@ -214,6 +231,7 @@ class Trainer:
             **engine_sums.engine_metrics(loss_fn),
             "train:grad_norm": statistics.fmean(result.grad_norm for result in results),
             "train:trained_tokens": sums.tokens,
+            "train:peak_memory_gib": max(result.peak_memory_gib for result in results),
         }
 
     async def validate(self, step: int) -> dict[str, float]:
@@ -242,12 +260,6 @@ class Trainer:
             environment_timeout_seconds=self.config.env.timeout_seconds,
         )
 
-    async def write_checkpoint(self, folder: Path) -> None:
-        """What a checkpoint holds besides the trainer's own state."""
-        await self.policy.save(folder)
-        self.chat.save(folder / "model")
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config.model_dump(mode="json"), indent=1))
-
     def is_over(self) -> bool:
         """Whether the last finished step is the run's last. Says so where that was not known from the start."""
         step, grpo = self.state.step, self.config.grpo
@@ -270,7 +282,8 @@ class Trainer:
 
     def due_to_save(self, step: int) -> bool:
         checkpointing = self.config.checkpointing
-        return checkpointing.enabled and (step % checkpointing.save_period == 0 or self.is_last(step))
+        on_schedule = step % checkpointing.save_period == 0 or self.is_last(step)
+        return checkpointing.enabled and (self.saver.deadline.is_near() or on_schedule)
 
     def due_to_validate(self, step: int, saving: bool) -> bool:
         """On schedule, or because the checkpoint about to be saved is judged by it."""

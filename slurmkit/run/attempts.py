@@ -186,7 +186,7 @@ def progress(path: Path) -> dict[str, Any]:
     for row in reversed(rows):
         latest |= row
     step, last_step = latest.get("step"), latest.get("last_step")
-    times = [row["time:step"] + row.get("time:validation", 0.0) for row in rows if "time:step" in row]
+    times = [row["time:step"] for row in rows if "time:step" in row]
     left = max(0, last_step - step) * sum(times) / len(times) if times and step is not None and last_step else None
     reward = latest.get("train:reward_mean")
     return {"step": step, "last_step": last_step, "reward": reward, "accuracy": accuracy, "left": left}

@@ -140,7 +140,14 @@ FLAGS = [
     ),
     ("--config example.yaml policy.precision=fp8", "policy.precision: should be 'float32' or 'bfloat16', not 'fp8'"),
     ("--config example.yaml loss_fn.ratio_clip_min=1.5", "loss_fn.ratio_clip_min: should be less than 1, not 1.5"),
-    ("--config example.yaml checkpointing.metric_name=loss", "checkpointing.metric_name: should be 'val:accuracy'"),
+    (
+        "--config example.yaml checkpointing.metric_name=loss",
+        "checkpointing.metric_name loss is not computed by this run; the nearest that is is train:loss",
+    ),
+    (
+        "--config example.yaml checkpointing.checkpoint_must_save_by=4h",
+        "checkpointing.checkpoint_must_save_by: should be DD:HH:MM:SS, such as 00:03:45:00",
+    ),
     (
         "--config example.yaml checkpointing.keep_top_k=0",
         "checkpointing.keep_top_k: should be greater than or equal to 1",

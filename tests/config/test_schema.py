@@ -15,7 +15,7 @@ from slurmkit.config.algorithm import Grpo
 from slurmkit.config.data import Data
 from slurmkit.config.load import load_config
 from slurmkit.config.model import Policy
-from slurmkit.config.schema import TrainConfig
+from slurmkit.config.schema import Checkpointing, TrainConfig
 from slurmkit.config.section import Section, ValidationError
 from slurmkit.job.site import SiteFile
 from slurmkit.job.spec import JobSpec
@@ -63,7 +63,19 @@ SHAPING = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 
         ("grpo", {"reward_shaping": SHAPING | {"overlong_buffer_length": 9}}, "9 is more than max_response_length 8"),
         ("grpo", MAXRL | {"reward_shaping": SHAPING}, "maxrl .* and reward_shaping.max_response_length makes rewards"),
         ("grpo", MAXRL | {"reward_scaling": {"enabled": True, "target_min": -1.0}}, "and reward_scaling.target_min"),
-        ("checkpointing", {"metric_name": "val:acuracy"}, "'val:accuracy'"),
+        (
+            "checkpointing",
+            {"metric_name": "val:acuracy"},
+            "val:acuracy is not computed .*nearest that is is val:accuracy",
+        ),
+        (
+            "checkpointing",
+            {"metric_name": "time:checkpoint_write"},
+            "time:checkpoint_write is not computed by this run",
+        ),
+        ("checkpointing", {"checkpoint_must_save_by": "3:45:00"}, "should be DD:HH:MM:SS, such as 00:03:45:00 .*not"),
+        ("checkpointing", {"checkpoint_must_save_by": "00:24:00:00"}, "should be DD:HH:MM:SS"),
+        ("cluster", {"peak_tflops_per_gpu": 0.0}, "greater than 0"),
         ("loss_fn", {"ratio_clip_min": float("nan")}, "ratio_clip_min"),
         ("loss_fn", {"use_cispo": True, "disable_ppo_ratio": True}, "exclude each other"),
     ],
@@ -105,6 +117,12 @@ def test_where_nothing_is_validated_no_tasks_for_it_are_needed(tmp_path: Path) -
             tiny_config(tmp_path, **{**never, section: values})
     split = {"train": [{"data_path": "a"}, {"data_path": "b", "split_validation_size": 0.1}]}
     assert tiny_config(tmp_path, **{**never, "grpo": {"val_period": 5}, "data": split}).validates
+
+
+def test_the_time_of_the_last_save_is_counted_in_days_hours_minutes_and_seconds() -> None:
+    given = Checkpointing(checkpoint_must_save_by="01:03:45:10")
+    assert given.must_save_by_seconds == ((24 + 3) * 60 + 45) * 60 + 10
+    assert Checkpointing().must_save_by_seconds is None
 
 
 def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:

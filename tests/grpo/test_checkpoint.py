@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def save(folder: Path, *accuracies: float, write: Any = write_model, **config: A
 
 
 def kept(folder: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in folder.iterdir())
+    assert not list(folder.glob(".*"))
+    return sorted(int(path.name[5:]) for path in folder.iterdir() if path.name not in ("latest", "best"))
 
 
 def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -113,12 +116,15 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
         real(descriptor)
 
     def replace(source: Path, target: Path) -> None:
-        assert synced == {
-            "",
-            "/model",
-            *(f"/{name}" for name in ("manifest.json", "trainer.json", "optimizer.pt", "model/model.safetensors")),
-        }
+        if target.name == "step_1":
+            assert synced == expected
         Path(source).rename(target)
+
+    expected = {
+        "",
+        "/model",
+        *(f"/{name}" for name in ("manifest.json", "trainer.json", "optimizer.pt", "model/model.safetensors")),
+    }
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
@@ -142,3 +148,55 @@ def test_the_best_and_the_latest_are_kept(
 ) -> None:
     save(tmp_path, *accuracies, **config)
     assert kept(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "config", "best"),
+    [
+        ((0.5, 0.9, 0.8, 0.1), {"keep_top_k": 1}, "step_2"),
+        ((0.5, 0.9, 0.9, 0.1), {"keep_top_k": None}, "step_3"),
+        ((0.5, 0.9, 0.8, 0.1), {"higher_is_better": False}, "step_4"),
+        ((0.5, 0.9), {"metric_name": None}, None),
+        ((0.5, 0.9), {"metric_name": "val:reward_mean"}, None),
+    ],
+)
+def test_links_name_the_best_and_the_latest(
+    tmp_path: Path, accuracies: tuple[float, ...], config: dict[str, Any], best: str | None
+) -> None:
+    checkpoints = save(tmp_path, *accuracies, **config)
+    assert os.readlink(tmp_path / "latest") == f"step_{len(accuracies)}"
+    assert (os.readlink(tmp_path / "best") if (tmp_path / "best").is_symlink() else None) == best
+    assert all(not path.is_symlink() for path in checkpoints.all())
+
+
+def test_a_link_never_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shutil.rmtree
+    removed = []
+
+    def rmtree(path: Path, **options: Any) -> None:
+        removed.append(path)
+        assert all((tmp_path / name / "manifest.json").is_file() for name in ("latest", "best"))
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save(tmp_path, 0.9, 0.1, 0.2, 0.95, 0.3, keep_top_k=1)
+    assert len(removed) == 3
+
+
+def test_links_that_cannot_be_made_cost_nothing_but_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latest").mkdir()
+    save(tmp_path, 0.1, 0.2)
+    assert (tmp_path / "step_2" / "manifest.json").is_file()
+    assert f"links and old checkpoints in {tmp_path} stay as they are" in capsys.readouterr().out
+
+
+def test_digests_that_the_writer_knows_are_not_computed_again(tmp_path: Path) -> None:
+    async def write(folder: Path) -> dict[str, str]:
+        await write_model(folder)
+        return {"optimizer.pt": "known"}
+
+    save(tmp_path, 0.1, write=write)
+    digests = json.loads((tmp_path / "step_1" / "manifest.json").read_text())
+    assert digests["optimizer.pt"] == "known"
+    assert digests.keys() == {"optimizer.pt", "model/model.safetensors", "trainer.json"}
+    assert len(digests["trainer.json"]) == 64

@@ -31,7 +31,8 @@ WANDB = ("logger.wandb_enabled=true", "logger.wandb.mode=offline")
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time:")} for line in lines]
+    machine = ("time:", "perf:", "train:peak_memory_gib")
+    return [{name: value for name, value in line.items() if not name.startswith(machine)} for line in lines]
 
 
 class Attempts:

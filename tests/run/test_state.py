@@ -314,7 +314,7 @@ def test_figures_come_from_the_last_lines_and_the_time_left_from_the_last_steps(
     (made.path / "step_2/manifest.json").touch()
     first = {"val:accuracy": 0.5, "time:step": 1e6}
     rows = [{"train:reward_mean": 0.25, "time:step": 3.0, "padding": "x" * 900}] * 99
-    rows += [{"train:reward_mean": 0.75, "time:step": 3.0, "time:validation": 20.0}]
+    rows += [{"train:reward_mean": 0.75, "time:step": 23.0, "time:validation": 20.0}]
     made.steps(first, *rows, last_step=201)
     state = state_of(made, Slurm(job("12", "RUNNING", time_limit=90)))
     # Of the last 20 steps, one had a validation.
