@@ -26,6 +26,81 @@ class Optimizer(Section):
     """Its arguments."""
 
 
+# Which arguments torch's schedulers take; true is one that must be given.
+_SCHEDULERS = {
+    "torch.optim.lr_scheduler.ConstantLR": {"factor": False, "total_iters": False},
+    "torch.optim.lr_scheduler.LinearLR": {"start_factor": False, "end_factor": False, "total_iters": False},
+    "torch.optim.lr_scheduler.CosineAnnealingLR": {"T_max": True, "eta_min": False},
+    "torch.optim.lr_scheduler.PolynomialLR": {"total_iters": False, "power": False},
+    "torch.optim.lr_scheduler.ExponentialLR": {"gamma": True},
+}
+
+
+class SchedulerPart(Section):
+    """One scheduler with its arguments, or, after two or more of them, the milestones between them."""
+
+    name: str | None = None
+    """A class of torch.optim.lr_scheduler, such as torch.optim.lr_scheduler.LinearLR."""
+    kwargs: dict[str, int | float] = {}
+    """Its arguments; they count training steps."""
+    milestones: tuple[Count, ...] | None = None
+    """The training step after which each next scheduler takes over."""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> Self:
+        if (self.name is None) == (self.milestones is None):
+            raise ValueError("give either a scheduler's name (and kwargs) or milestones")
+        if self.name is None:
+            return self
+        if self.name not in _SCHEDULERS:
+            raise ValueError(f"name {self.name!r} is no scheduler that is known: it must be one of {list(_SCHEDULERS)}")
+        arguments = _SCHEDULERS[self.name]
+        if unknown := self.kwargs.keys() - arguments.keys():
+            raise ValueError(f"kwargs {sorted(unknown)}: {self.name} takes {list(arguments)}")
+        if absent := [name for name, needed in arguments.items() if needed and name not in self.kwargs]:
+            raise ValueError(f"kwargs: {self.name} needs {', '.join(absent)}")
+        return self
+
+
+class LoraCfg(Section):
+    """Train low-rank adapters beside a frozen model instead of the model."""
+
+    enabled: bool = False
+    """Use them."""
+    dim: Count = 8
+    """Their rank."""
+    alpha: Positive = 32.0
+    """What they add is scaled by alpha / dim."""
+    dropout: Decay = 0.0
+    """Share of their inputs that an update drops."""
+    target_modules: tuple[str, ...] = ()
+    """Ends of names of linear layers, such as q_proj; none is all of them but the head."""
+
+
+class DtensorCfg(Section):
+    """How the model is spread over the policy ranks, and adapters."""
+
+    tensor_parallel_size: Count = 1
+    """Neighbouring ranks of a node that share each layer's matrices, by transformers' plan for the model."""
+    hybrid_sharding: bool = False
+    """Shard inside a node and replicate across nodes, instead of sharding over all ranks."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimiser in the CPU's memory between their uses."""
+    lora_cfg: LoraCfg = LoraCfg()
+    """Adapters."""
+
+    @model_validator(mode="after")
+    def _adapters_are_whole(self) -> Self:
+        if self.lora_cfg.enabled and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} with lora_cfg.enabled: adapters are not split, so "
+                "it must be 1"
+            )
+        return self
+
+
 class Generation(Section):
     backend: Literal["torch"] = "torch"
     """The engine: torch is the embedded one."""
@@ -82,6 +157,8 @@ class Policy(Section):
     """A Hugging Face model: a folder or a name on the hub. Either this or from_scratch."""
     from_scratch: FromScratch | None = None
     """Make a small model instead."""
+    allow_remote_code: tuple[str, ...] = ()
+    """Names, as in model_name, of models that may run Python code of their own."""
     train_global_batch_size: Count = 512
     """Samples per optimiser step."""
     train_micro_batch_size: Count = 4
@@ -96,8 +173,13 @@ class Policy(Section):
     """Compute type of policy and engines. Master weights, logprobs and the loss are float32 either way."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    dtensor_cfg: DtensorCfg = DtensorCfg()
+    """How the model is spread over ranks."""
     optimizer: Optimizer = Optimizer()
     """How weights follow gradients."""
+    scheduler: tuple[SchedulerPart, ...] | None = None
+    """How the learning rate changes from step to step, as NeMo RL writes it: schedulers one after the other, then the
+    milestones between them; null keeps it."""
     generation: Generation = Generation()
     """How completions are sampled."""
 
@@ -106,6 +188,23 @@ class Policy(Section):
         if (self.model_name is None) == (self.from_scratch is None):
             raise ValueError(
                 "give exactly one of policy.model_name (a folder or a hub name) and policy.from_scratch (sizes)"
+            )
+        return self
+
+    @property
+    def trusts_remote_code(self) -> bool:
+        """Whether the model may bring code."""
+        return self.model_name in self.allow_remote_code
+
+    @model_validator(mode="after")
+    def _schedulers_follow_each_other(self) -> Self:
+        parts = self.scheduler or ()
+        count = sum(part.name is not None for part in parts)
+        milestones = [milestone for part in parts for milestone in part.milestones or ()]
+        if parts and (not count or len(milestones) != count - 1 or milestones != sorted(set(milestones))):
+            raise ValueError(
+                f"policy.scheduler has {count} schedulers and the milestones {milestones}: it needs one milestone "
+                "fewer than schedulers, in increasing order"
             )
         return self
 

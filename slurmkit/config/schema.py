@@ -109,7 +109,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         samples = self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
-        batch, ranks = self.policy.train_global_batch_size, self.num_ranks
+        batch, ranks = self.policy.train_global_batch_size, self.num_data_parallel_ranks
         if samples % batch:
             raise ValueError(
                 f"policy.train_global_batch_size {batch} must divide the {samples} samples of a step "
@@ -118,8 +118,19 @@ class TrainConfig(Section):
             )
         if batch < ranks:
             raise ValueError(
-                f"policy.train_global_batch_size {batch} leaves some of the {ranks} policy ranks without a sample "
-                "(cluster.num_nodes × cluster.gpus_per_node): it must be at least that many"
+                f"policy.train_global_batch_size {batch} leaves some of the {ranks} data-parallel ranks without a "
+                "sample (cluster.num_nodes × cluster.gpus_per_node / policy.dtensor_cfg.tensor_parallel_size): it must "
+                "be at least that many"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tensor_parallel_ranks_are_neighbours(self) -> Self:
+        size = self.policy.dtensor_cfg.tensor_parallel_size
+        if self.ranks_per_node % size:
+            raise ValueError(
+                f"policy.dtensor_cfg.tensor_parallel_size {size} must divide the {self.ranks_per_node} policy ranks "
+                "of a node (cluster.gpus_per_node), as matrices are shared inside a node only"
             )
         return self
 
@@ -181,3 +192,13 @@ class TrainConfig(Section):
     def num_ranks(self) -> int:
         """Policy ranks in all."""
         return self.cluster.num_nodes * self.ranks_per_node
+
+    @property
+    def needs_starting_model(self) -> bool:
+        """Whether the model as it was before training is needed beside the one that is trained."""
+        return self.policy.dtensor_cfg.lora_cfg.enabled or self.loss_fn.reference_policy_kl_penalty > 0
+
+    @property
+    def num_data_parallel_ranks(self) -> int:
+        """Parts that a batch is cut into: tensor-parallel ranks share theirs."""
+        return self.num_ranks // self.policy.dtensor_cfg.tensor_parallel_size
