@@ -14,7 +14,7 @@ _ROLLOUT = (
     *("total_tokens", "tokens_without_logprob", "gen_batches", "discarded_groups"),
 )
 _UPDATE = (
-    *("loss", "policy_loss", "grad_norm", "entropy", "approx_kl", "trained_tokens", "peak_memory_gib"),
+    *("loss", "policy_loss", "grad_norm", "lr", "entropy", "approx_kl", "trained_tokens", "peak_memory_gib"),
     *("ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
     *("token_mult_prob_error", "gen_kl_error", "sampling_importance_ratio"),
 )

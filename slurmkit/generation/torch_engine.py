@@ -44,14 +44,17 @@ class TorchEngine:
         weight_version: int = 0,
         threads: int | None = None,
         device: str = "cpu",
+        trust_remote_code: bool = False,
     ) -> None:
         """Load model and tokenizer from a folder. `max_total_length` counts prompt and completion, in tokens."""
         if threads is not None:
             torch.set_num_threads(threads)
         disable_progress_bar()
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, precision)).to(device)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
+        ).to(device)
         self._model.eval().requires_grad_(False)
-        self._eos_id = int(AutoTokenizer.from_pretrained(model_path).eos_token_id)
+        self._eos_id = int(AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code).eos_token_id)
         self._max_total_length = max_total_length
         self._max_batch_size = max_batch_size
         self._device = device

@@ -24,7 +24,8 @@ from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.grpo.interrupt import SIGNALS
-from slurmkit.grpo.policy import Policy, PolicyWorker
+from slurmkit.grpo.policy import Policy
+from slurmkit.grpo.policy_worker import PolicyWorker
 
 _WATCH_SECONDS = 2.0
 _WATCH_FAILURES = 3
@@ -142,13 +143,20 @@ def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> 
                 weight_version=weight_version,
                 threads=threads,
                 device="cuda" if config.cluster.gpus_per_node else "cpu",
+                trust_remote_code=config.policy.trusts_remote_code,
             )
         )
         timeout = config.cluster.call_timeout_seconds
         ranks.append(Actor(f"policy rank {rank} on node {bundle.address}", worker, timeout))
         engines.append(Actor(f"engine {rank} on node {bundle.address}", engine, timeout))
         addresses.append(bundle.address)
-    return Policy(ranks, addresses), engines
+    policy = Policy(
+        ranks,
+        addresses,
+        tensor_parallel_size=config.policy.dtensor_cfg.tensor_parallel_size,
+        micro_batch_tokens=config.policy.micro_batch_tokens,
+    )
+    return policy, engines
 
 
 def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:

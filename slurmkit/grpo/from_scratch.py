@@ -33,11 +33,13 @@ _TEMPLATE = (
 _WARM_UP_STEPS = 20
 
 
-def starting_model(config: TrainConfig, domain: Domain, run_directory: Path) -> Path:
-    """The folder of the model that training starts from. UserError where there is no such model."""
+def starting_model(config: TrainConfig, domain: Domain, run_directory: Path, *, going_on: bool = False) -> Path:
+    """The folder of the model that training starts from, or did if it is `going_on`. UserError where there is none."""
     sizes, name = config.policy.from_scratch, config.policy.model_name
     if sizes is not None:
         folder = run_directory / "model"
+        if going_on and folder.is_dir():
+            return folder
         say(f"making a model: {sizes.supervised_steps} supervised steps, to {folder}")
         limit = config.policy.max_total_sequence_length
         make_model(folder, sizes, domain, max_length=limit, seed=config.grpo.seed)

@@ -19,6 +19,7 @@ from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
+from slurmkit.grpo.causal_lm import check_model
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 from slurmkit.grpo.cluster import ray_connection, start_actors, watch_ray
 from slurmkit.grpo.credit import credit, make_samples
@@ -35,6 +36,7 @@ from slurmkit.grpo.throughput import Gauge
 from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
+from slurmkit.rollout.sample import Sample
 
 # Apart in the seed, so that validation draws the same random numbers every time it is run.
 _TRAINING, _VALIDATION = 0, 1
@@ -63,8 +65,12 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     checkpoints = Checkpoints(run_directory, config.checkpointing)
     found = starting_point(checkpoints, config)
     order = TaskOrder(domain.train_sources, seed=config.grpo.seed, shuffle=config.data.shuffle)
+    starting_path = None
+    if found is None or config.needs_starting_model:
+        starting_path = starting_model(config, domain, run_directory, going_on=found is not None)
     if found is None:
-        checkpoint, model_path = None, starting_model(config, domain, run_directory)
+        assert starting_path is not None
+        checkpoint, model_path = None, starting_path
         state = TrainerState(0, 0, 0, 0, order.digest, {})
     else:
         checkpoint, state = found
@@ -75,7 +81,8 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     order.position = state.position
     run_directory.mkdir(parents=True, exist_ok=True)
 
-    chat = Chat(model_path)
+    check_model(model_path, config)
+    chat = Chat(model_path, trust_remote_code=config.policy.trusts_remote_code)
     for name, tasks in (("training", domain.train_tasks), ("validation", domain.validation_tasks)):
         await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
@@ -83,7 +90,7 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
         policy, engines = start_actors(config, model_path, state.updates)
         interrupts.attend()
         pool = await stack.enter_async_context(EnginePool(engines, config.policy.generation.max_batch_size))
-        starting = policy.start(model_path, checkpoint / "optimizer.pt" if checkpoint else None, state.updates)
+        starting = policy.start(model_path, starting_path, checkpoint, state.updates)
         await guarded(interrupts.unless(starting), watch_ray())
         is_own = checkpoint is not None and checkpoint.parent == run_directory
         resume_after = state.step if is_own else None
@@ -148,20 +155,24 @@ class Trainer:
                 with timed(metrics, "time:rollout"):
                     selection = await self.interrupts.unless(self.rollout(step))
                 groups = [shaped_group(group, self.config.grpo) for group in selection.kept]
-                samples, kept_metrics = credit(groups, make_samples(groups), self.config.grpo, self.config.loss_fn)
+                samples = make_samples(groups)
+                if self.config.loss_fn.needs_prev_logprobs or self.config.loss_fn.needs_reference_logprobs:
+                    with timed(metrics, "time:logprobs"):
+                        samples = await self.interrupts.unless(self.score(samples))
+                samples, kept_metrics = credit(groups, samples, self.config.grpo, self.config.loss_fn)
                 if self.config.grpo.overlong_filtering:
                     samples = without_truncated(samples)
                 updates = optimizer_steps(
                     samples,
                     global_batch_size=self.config.policy.train_global_batch_size,
                     micro_batch_tokens=self.config.policy.micro_batch_tokens,
-                    num_ranks=self.config.num_ranks,
+                    num_ranks=self.config.num_data_parallel_ranks,
                     loss_fn=self.config.loss_fn,
                 )
                 metrics |= selection.metrics(kept_metrics)
                 if updates:
                     with timed(metrics, "time:update"):
-                        metrics |= await self.update(updates)
+                        metrics |= await self.update(updates, step)
                     with timed(metrics, "time:weights"):
                         await self.pool.load(await self.policy.put_weights())
                 metrics |= self.saver.check()
@@ -219,10 +230,21 @@ class Trainer:
             say(f"step {step}: {remark}")
         return selection
 
-    async def update(self, updates: list[OptimizerStep]) -> dict[str, float]:
+    async def score(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with those logprobs that the loss asks for: the policy's own, and the reference model's."""
+        loss_fn = self.config.loss_fn
+        if loss_fn.needs_prev_logprobs:
+            found = await self.policy.logprobs(samples, of="policy")
+            samples = [replace(each, prev_logprobs=own) for each, own in zip(samples, found, strict=True)]
+        if loss_fn.needs_reference_logprobs:
+            found = await self.policy.logprobs(samples, of="reference")
+            samples = [replace(each, reference_logprobs=own) for each, own in zip(samples, found, strict=True)]
+        return samples
+
+    async def update(self, updates: list[OptimizerStep], training_step: int) -> dict[str, float]:
         """Make the optimiser steps, one after the other; metrics over all of them."""
         loss_fn = self.config.loss_fn
-        results = [await self.policy.update(step) for step in updates]
+        results = [await self.policy.update(step, training_step) for step in updates]
         sums = reduce(add, (result.sums for result in results))
         # Without them the engines are compared with the first update only: until then the policy is what they had.
         engine_sums = sums if loss_fn.needs_prev_logprobs else results[0].sums
@@ -230,6 +252,8 @@ class Trainer:
             **sums.metrics(loss_fn, len(results)),
             **engine_sums.engine_metrics(loss_fn),
             "train:grad_norm": statistics.fmean(result.grad_norm for result in results),
+            "train:lr": results[-1].lr,
+            **{f"time:update_{name}": sum(each.seconds[name] for each in results) for name in results[0].seconds},
             "train:trained_tokens": sums.tokens,
             "train:peak_memory_gib": max(result.peak_memory_gib for result in results),
         }

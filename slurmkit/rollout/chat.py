@@ -14,10 +14,10 @@ from slurmkit.errors import UserError
 class Chat:
     """The tokenizer of one model."""
 
-    def __init__(self, model_path: str | Path) -> None:
+    def __init__(self, model_path: str | Path, *, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         if self._tokenizer.chat_template is None:
             raise UserError(f"policy.model_name: the tokenizer of {model_path} has no chat template")
 

@@ -23,7 +23,7 @@ from torch import distributed
 from slurmkit.errors import Failure
 from slurmkit.grpo import saving, writer
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
-from slurmkit.grpo.policy import PolicyWorker
+from slurmkit.grpo.policy_worker import PolicyWorker
 from slurmkit.grpo.saving import Deadline, Saver
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -77,7 +77,7 @@ def worker(tmp_path: Path) -> Any:
     alone = PolicyWorker(tiny_config(tmp_path, policy=policy), 0, 1, threads=1)
     port = alone.open_store("127.0.0.1")
     alone.join("127.0.0.1", "127.0.0.1", port)
-    alone.load(str(model), None, 0)
+    alone.load(str(model), None, None, 0)
     move(alone)
     yield alone
     distributed.destroy_process_group()

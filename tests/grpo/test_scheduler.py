@@ -1,0 +1,70 @@
+"""The learning rate follows from the training step, as NeMo RL's schedulers have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from slurmkit.config.model import SchedulerPart
+from slurmkit.config.section import ValidationError
+from slurmkit.grpo.optimizer import LearningRate
+
+PREFIX = "torch.optim.lr_scheduler."
+WARM_UP: list[dict[str, Any]] = [
+    {"name": PREFIX + "LinearLR", "kwargs": {"start_factor": 0.1, "end_factor": 1.0, "total_iters": 5}},
+    {"name": PREFIX + "CosineAnnealingLR", "kwargs": {"T_max": 10, "eta_min": 0.01}},
+    {"milestones": [5]},
+]
+
+
+def rate(parts: list[dict[str, Any]] | None, base: float = 1.0) -> LearningRate:
+    return LearningRate(base, None if parts is None else [SchedulerPart.model_validate(part) for part in parts])
+
+
+def test_the_learning_rate_is_what_torch_s_schedulers_give_when_stepped_once_per_training_step() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, 0.01)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [5])
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        both.step()
+    schedule = rate(WARM_UP)
+    assert [schedule.at(step) for step in range(1, 21)] == expected
+    assert expected[0] == pytest.approx(0.1)
+    assert max(expected) == 1.0
+
+
+def test_a_run_that_goes_on_has_the_learning_rate_of_one_that_was_not_interrupted() -> None:
+    whole = rate(WARM_UP)
+    expected = [whole.at(step) for step in range(1, 15)]
+    assert [rate(WARM_UP).at(step) for step in range(1, 15)] == expected
+    # A step without an update moves on, and looking twice does not.
+    assert [whole.at(9), whole.at(9), whole.at(3)] == [expected[8], expected[8], expected[2]]
+
+
+def test_without_schedulers_the_learning_rate_stays() -> None:
+    assert [rate(None, base=3e-4).at(step) for step in (1, 1000)] == [3e-4, 3e-4]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"name": PREFIX + "LinearLr"}], "name 'torch.optim.lr_scheduler.LinearLr' is no scheduler that is known"),
+        ([{"name": PREFIX + "LinearLR", "kwargs": {"total_iter": 5}}], r"kwargs \['total_iter'\]: .* takes"),
+        ([{"name": PREFIX + "CosineAnnealingLR"}], "kwargs: .*CosineAnnealingLR needs T_max"),
+        ([{"kwargs": {"T_max": 3}}], "give either a scheduler's name"),
+        (WARM_UP[:2], r"has 2 schedulers and the milestones \[\]: it needs one milestone fewer"),
+        ([*WARM_UP[:2], {"milestones": [5, 3]}], r"the milestones \[5, 3\]"),
+    ],
+)
+def test_schedulers_that_cannot_be_are_refused(parts: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny_config(tmp_path, policy={"scheduler": parts})
+    assert tiny_config(tmp_path, policy={"scheduler": WARM_UP}).policy.scheduler is not None
