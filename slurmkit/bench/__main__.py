@@ -85,6 +85,7 @@ def _driver_lines(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> It
     for part in ("rollout", "credit", "packing", "update", "weights", "log", "other", "step"):
         yield f"| {part} | {figures[f'{part}_ms']:.1f} |"
     yield f"| step, processor time | {figures['step_cpu_ms']:.1f} |"
+    yield f"| the worst step's | {figures['worst_step_cpu_ms']:.1f} |"
     yield f"| step but rollout, target {_DRIVER_TARGET_MS:g} | {figures['between_rollouts_ms']:.1f} |"
 
 

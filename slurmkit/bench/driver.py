@@ -153,7 +153,8 @@ class _Domain:
 def measure(settings: Settings) -> dict[str, Any]:
     """Milliseconds of all steps but the first: medians of the whole and of each part.
 
-    `step_cpu_ms` is the processor's time, of which another load on the machine takes nothing.
+    `step_cpu_ms` is the processor's time, of which another load on the machine takes little, and `worst_step_cpu_ms`
+    the worst step's.
     """
     clock = Clock()
     with tempfile.TemporaryDirectory(prefix="slurmkit-bench-") as folder, ExitStack() as stack:
@@ -168,6 +169,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     # Engines work while episodes are played, and what the driver does there is hidden behind them; the rest is not.
     parts["between_rollouts"] = parts["step"] - parts["rollout"]
     figures = {f"{part}_ms": value for part, value in parts.items()} | {
+        "worst_step_cpu_ms": max(step["step_cpu"] for step in steps) * 1000,
         "all_step_ms": [step["step"] * 1000 for step in clock.steps],
         "all_step_cpu_ms": [step["step_cpu"] * 1000 for step in clock.steps],
     }
@@ -219,7 +221,7 @@ async def _run(settings: Settings, folder: Path) -> None:
                 "state": state,
                 "saved": None,
             }
-            await trainer.Trainer(**parts).make_steps()
+            await trainer.Trainer(**parts).run()
 
 
 if __name__ == "__main__":

@@ -106,6 +106,9 @@ def train(fake_data: bool, **options: Any) -> None:
                 f"--{name.replace('_', '-')} is for a measurement {words[1]}: give it {words[0]} --fake-data"
             )
     if fake_data:
+        length, count = options["seq_length"], options["sequences"] or 1
+        if length is not None and (length % count or length < 2 * count):
+            raise UserError(f"--seq-length {length} cannot be {count} equal sequences of 2 tokens or more")
         sizes = options["vocab_sizes"]
         if sizes is not None and (len(sizes) < 2 or min(sizes) < 1):
             raise UserError(f"--vocab-sizes {','.join(map(str, sizes))}: give two or more, such as 32768,151936")
