@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,7 +29,7 @@ from slurmkit.grpo import trainer
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 from slurmkit.grpo.from_scratch import make_model
 from slurmkit.grpo.interrupt import Interrupts
-from slurmkit.grpo.loss import LossSums
+from slurmkit.grpo.loss_sums import LossSums
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy, StepResult
@@ -51,6 +51,7 @@ class Settings:
 # Where the loop calls what a step is made of, by the names that the figures have.
 _PARTS = {
     "rollout": (trainer.Trainer, "rollout"),
+    "samples": (trainer, "make_samples"),
     "credit": (trainer, "credit"),
     "packing": (trainer, "optimizer_steps"),
     "update": (trainer.Trainer, "update"),
@@ -108,7 +109,7 @@ class _Rank:
     async def call(self, method: str, *arguments: Any) -> Any:
         match method:
             case "update":
-                return StepResult(LossSums(**{field.name: 0.0 for field in fields(LossSums)}), grad_norm=0.0)
+                return StepResult(LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0), grad_norm=0.0)
             case "put_weights":
                 return [None]
             case "load":

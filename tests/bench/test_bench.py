@@ -99,7 +99,7 @@ def test_the_driver_s_part_of_a_step_is_told_by_its_parts(tmp_path: Path) -> Non
     done = bench(tmp_path, "driver", *words, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)["figures"]
-    parts = ("rollout", "credit", "packing", "update", "weights", "log")
+    parts = ("rollout", "samples", "credit", "packing", "update", "weights", "log")
     assert all(figures[f"{part}_ms"] > 0 for part in parts)
     assert sum(figures[f"{part}_ms"] for part in parts) <= 1.5 * figures["step_ms"]
     assert len(figures["all_step_ms"]) == 3
