@@ -82,7 +82,7 @@ def _driver_lines(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> It
     yield f"{settings['ranks']} ranks, {rollouts} rollouts of {settings['tokens']} tokens in the mean"
     yield "| part | ms a step |"
     yield "|---|---:|"
-    for part in ("rollout", "samples", "credit", "packing", "update", "weights", "log", "other", "step"):
+    for part in ("rollout", "samples", "credit", "packing", "update", "weights", "gauge", "log", "other", "step"):
         yield f"| {part} | {figures[f'{part}_ms']:.1f} |"
     yield f"| step, processor time | {figures['step_cpu_ms']:.1f} |"
     yield f"| the worst step's | {figures['worst_step_cpu_ms']:.1f} |"

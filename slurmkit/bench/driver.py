@@ -21,7 +21,7 @@ from unittest.mock import patch
 from slurmkit.bench.child import answer
 from slurmkit.config.model import FromScratch
 from slurmkit.config.schema import TrainConfig
-from slurmkit.envs.environment import Message, Score, Task
+from slurmkit.envs.environment import Message, Score, Task, TaskSource
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.generation.engine import Completion, Request
 from slurmkit.generation.pool import EnginePool
@@ -33,6 +33,8 @@ from slurmkit.grpo.loss_sums import LossSums
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy, StepResult
+from slurmkit.grpo.saving import Saver
+from slurmkit.grpo.throughput import Description, Gauge, Shape
 from slurmkit.rollout.chat import Chat
 
 
@@ -56,6 +58,7 @@ _PARTS = {
     "packing": (trainer, "optimizer_steps"),
     "update": (trainer.Trainer, "update"),
     "weights": (EnginePool, "load"),
+    "gauge": (Gauge, "read"),
     "log": (RunLog, "write"),
 }
 
@@ -109,7 +112,8 @@ class _Rank:
     async def call(self, method: str, *arguments: Any) -> Any:
         match method:
             case "update":
-                return StepResult(LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0), grad_norm=0.0)
+                sums = LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0)
+                return StepResult(sums, grad_norm=0.0, peak_memory_gib=0.0)
             case "put_weights":
                 return [None]
             case "load":
@@ -131,6 +135,7 @@ class _Domain:
 
     def __init__(self) -> None:
         self.train_tasks = [Task(f"task {index}", f"question {index}", "") for index in range(1000)]
+        self.train_sources = [TaskSource(self.train_tasks, 1.0)]
         self.validation_tasks = self.train_tasks[:1]
         self._played = 0
 
@@ -202,25 +207,31 @@ async def _run(settings: Settings, folder: Path) -> None:
     sizes = FromScratch(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, supervised_steps=0)
     make_model(folder / "model", sizes, domain, max_length=64, seed=settings.seed)
     fakes: list[Any] = [_Rank(settings, number) for number in range(settings.ranks)]
-    order = TaskOrder(domain.train_tasks, seed=settings.seed, shuffle=True)
+    order = TaskOrder(domain.train_sources, seed=settings.seed, shuffle=True)
     last_step = settings.steps + 1
     state = TrainerState(0, 0, 0, 0, order.digest, {})
     with RunLog(folder, config, last_step=last_step, resume_after=None) as log:
-        async with EnginePool(fakes, config.policy.generation.max_batch_size) as pool, Plots(folder) as plots:
+        chat, policy = Chat(folder / "model"), Policy(fakes, [rank.name for rank in fakes])
+        checkpoints = Checkpoints(folder, config.checkpointing)
+        async with (
+            EnginePool(fakes, config.policy.generation.max_batch_size) as pool,
+            Plots(folder) as plots,
+            Saver(checkpoints, policy, chat, config, saved=None, started=time.monotonic()) as saver,
+        ):
             parts: dict[str, Any] = {
                 "config": config,
                 "domain": domain,
                 "order": order,
-                "chat": Chat(folder / "model"),
+                "chat": chat,
                 "pool": pool,
-                "policy": Policy(fakes, [rank.name for rank in fakes]),
-                "checkpoints": Checkpoints(folder, config.checkpointing),
+                "policy": policy,
+                "saver": saver,
                 "log": log,
                 "plots": plots,
+                "gauge": Gauge(config, Description(Shape(parameters=1, layers=1, heads=1, head_size=1), "CPU")),
                 "interrupts": Interrupts(),
                 "last_step": last_step,
                 "state": state,
-                "saved": None,
             }
             await trainer.Trainer(**parts).run()
 

@@ -23,11 +23,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from slurmkit.bench.child import answer
 from slurmkit.bench.machine import peak_resident_mib, reset_peak_resident, resident_mib
-from slurmkit.bench.shapes import Shape, peak_flops, shape_of
+from slurmkit.bench.shapes import Shape, shape_of
 from slurmkit.config.algorithm import LossFn
 from slurmkit.config.schema import TrainConfig
 from slurmkit.grpo.batch import MicroBatch, optimizer_steps
 from slurmkit.grpo.policy import PolicyWorker
+from slurmkit.grpo.throughput import peak_flops
 from slurmkit.rollout.sample import Sample
 
 

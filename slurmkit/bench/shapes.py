@@ -50,25 +50,3 @@ def shape_of(name: str, vocab_size: int | None = None) -> Shape:
     if name not in SHAPES:
         raise UserError(f"--shape {name}: there is no such shape; there are {', '.join(SHAPES)}")
     return SHAPES[name] if vocab_size is None else replace(SHAPES[name], vocab_size=vocab_size)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bfloat16 matmuls by the data sheet; None for a device whose sheet is not known here."""
-    for part, peak in _PEAKS.items():
-        if part in device_name:
-            return peak
-    return None
-
-
-# The first that fits: variants of a device come before the device. From NVIDIA's and AMD's data sheets.
-_PEAKS = {
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "MI300X": 1307.4e12,
-    "MI325X": 1307.4e12,
-}

@@ -14,7 +14,7 @@ from random import Random
 
 from slurmkit.bench.child import answer
 from slurmkit.config.model import FromScratch
-from slurmkit.envs.environment import Environment, Task
+from slurmkit.envs.environment import Environment, Task, TaskSource
 from slurmkit.grpo.from_scratch import make_model
 
 # Of ten digits, what is demonstrated is right this often, and else any of them.
@@ -29,6 +29,7 @@ class LastDigit:
         rows = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
         Random("last digit").shuffle(rows)
         self.train_tasks: Sequence[Task] = [Task(f"{a}{b}{c}", f"{a} {b} {c}", str(c)) for a, b, c in rows]
+        self.train_sources = [TaskSource(self.train_tasks, 1.0)]
         self.validation_tasks: Sequence[Task] = self.train_tasks[:1]
 
     def environment(self) -> Environment:

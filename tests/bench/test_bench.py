@@ -15,10 +15,10 @@ from parts import SLURMKIT
 
 from slurmkit.bench import baseline, growth, side_by_side
 from slurmkit.bench.machine import WatchedTree
-from slurmkit.bench.shapes import SHAPES, peak_flops, shape_of
+from slurmkit.bench.shapes import SHAPES, shape_of
 
 # A Python with TRL, for those who have one: then the comparison is run whole.
-TRL_PYTHON = os.environ.get("SLURMKIT_TEST_TRL_PYTHON")
+TRL_PYTHON = os.environ.get("TEST_TRL_PYTHON")
 
 
 def bench(here: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -62,13 +62,6 @@ def test_a_shape_counts_the_parameters_that_its_model_multiplies_with(name: str)
     assert shape.flops_per_token(0) == 6 * multiplied
 
 
-def test_a_device_is_known_by_its_name_and_its_variants_before_it() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA GH200 480GB") == 989e12
-    assert peak_flops("cpu") is None
-
-
 def test_growth_is_what_depends_on_vocabulary_and_tokens_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of memory: 300 MiB, weights by the vocabulary, activations by the tokens, and 3 bytes by both."""
 
@@ -99,7 +92,7 @@ def test_the_driver_s_part_of_a_step_is_told_by_its_parts(tmp_path: Path) -> Non
     done = bench(tmp_path, "driver", *words, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)["figures"]
-    parts = ("rollout", "samples", "credit", "packing", "update", "weights", "log")
+    parts = ("rollout", "samples", "credit", "packing", "update", "weights", "gauge", "log")
     assert all(figures[f"{part}_ms"] > 0 for part in parts)
     assert sum(figures[f"{part}_ms"] for part in parts) <= 1.5 * figures["step_ms"]
     assert len(figures["all_step_ms"]) == 3
