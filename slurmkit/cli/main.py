@@ -31,6 +31,7 @@ _COMMANDS = {
     "cleanup": "End and remove what dead runs of yours left on this machine.",
     "verify": "Compare a job's script in Slurm with the files on disk and in git.",
     "templates": "See and check the templates that jobs are rendered from.",
+    "bench": "Measure the trainer.",
     "completion": "Print what makes a shell complete commands, runs and job ids.",
 }
 

@@ -50,9 +50,12 @@ def group_advantages(rewards: Sequence[float], *, normalize: bool, leave_one_out
     advantages = []
     for index, reward in enumerate(rewards):
         compared = [*rewards[:index], *rewards[index + 1 :]] if leave_one_out else rewards
-        advantage = reward - statistics.fmean(compared)
-        spread = statistics.stdev(compared) if len(compared) > 1 else 0.0
-        advantages.append(advantage / (spread + EPSILON) if normalize and spread > 0 else advantage)
+        mean = statistics.fmean(compared)
+        advantage = reward - mean
+        if normalize and _spread(compared):
+            # statistics.stdev is exact, in fractions: twenty times as long.
+            advantage /= sqrt(fsum((other - mean) ** 2 for other in compared) / (len(compared) - 1)) + EPSILON
+        advantages.append(advantage)
     return advantages
 
 

@@ -1,0 +1,1 @@
+"""Measurements of the trainer: what `slurmkit bench` starts, each in processes of its own."""

@@ -1,0 +1,138 @@
+"""slurmkit bench"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from slurmkit.errors import UserError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=str)
+_POSITIVE = click.IntRange(min=1)
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg] # generic in newer releases of click only
+    """N,N…: whole numbers, none twice."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """A usage error where it is none."""
+        try:
+            found = [int(text) for text in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} are no whole numbers with commas between", param, ctx)
+        return found if len(set(found)) == len(found) else self.fail(f"{value!r} has one of them twice", param, ctx)
+
+
+_OF_FAKE_DATA = {
+    "shape": click.option(
+        "--shape", help="tiny, small, qwen3-0.6b, qwen3-4b.  [default: qwen3-0.6b on a GPU, else small]"
+    ),
+    "seq_length": click.option(
+        "--seq-length", type=click.IntRange(2), help="Tokens of a micro-batch.  [default: 16384, 1024]"
+    ),
+    "sequences": click.option(
+        "--sequences", type=_POSITIVE, help="Equally long sequences that these are.  [default: 1]"
+    ),
+    "micro_batches": click.option("--micro-batches", type=_POSITIVE, help="Micro-batches of a step.  [default: 2]"),
+    "vocab_sizes": click.option(
+        "--vocab-sizes", type=_Numbers(), help="Two: measure how peak memory grows between them."
+    ),
+    "precision": click.option(
+        "--precision", type=click.Choice(["float32", "bfloat16"]), help="[default: bfloat16, float32]"
+    ),
+    "seed": click.option("--seed", type=click.IntRange(0), help="Of weights and tokens.  [default: 0]"),
+}
+_BESIDE_TRL = {
+    "trl_python": click.option(
+        "--trl-python", type=_PATH, help="Python of an environment with TRL.  [default: one is made in --cache]"
+    ),
+    "alone": click.option("--alone", is_flag=True, default=None, help="slurmkit without TRL beside it."),
+    "models": click.option("--models", metavar="NAME,NAME", help="Of tiny, 0.4M, 20M.  [default: 0.4M,20M]"),
+    "seeds": click.option("--seeds", type=_Numbers(), help="A run of each side for each.  [default: 1,2,3]"),
+    "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]"),
+    "generations": click.option("--generations", type=click.IntRange(2), help="Completions of each.  [default: 8]"),
+    "micro_batch": click.option(
+        "--micro-batch", type=_POSITIVE, help="Full-length sequences of a micro-batch.  [default: 32]"
+    ),
+    "max_new_tokens": click.option("--max-new-tokens", type=_POSITIVE, help="Of a completion.  [default: 128]"),
+    "mean_dots": click.option("--mean-dots", type=float, help="About the mean length of a completion.  [default: 30]"),
+    "cache": click.option(
+        "--cache", type=_PATH, help="Where models and TRL are kept.  [default: ~/.cache/slurmkit/bench]"
+    ),
+}
+_OF_ALL = [
+    click.option("--json", "json", is_flag=True, help="Print JSON, for programs."),
+    click.option("--save-baseline", type=_PATH, metavar="FILE", help="Keep the figures here, as JSON."),
+    click.option("--compare", type=_PATH, metavar="FILE", help="Say what has changed since these were kept."),
+]
+
+
+def _with(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure the trainer, in processes of its own."""
+
+
+@command.command("train")
+@click.option("--fake-data", is_flag=True, help="The trainer alone, on random tokens and weights of a real shape.")
+@click.option("--steps", type=click.IntRange(2), help="The first is left out.  [default: 4 of fake data, else 30]")
+@click.option("--threads", type=_POSITIVE, help="Cores and threads.  [default: all]")
+@_with(*_OF_FAKE_DATA.values(), *_BESIDE_TRL.values(), *_OF_ALL)
+def train(fake_data: bool, **options: Any) -> None:
+    """Train beside TRL's GRPOTrainer on the same model, tasks and cores; with --fake-data, the trainer alone."""
+    for name in _BESIDE_TRL if fake_data else _OF_FAKE_DATA:
+        if options.pop(name) is not None:
+            words = ("without", "beside TRL") if fake_data else ("with", "on fake data")
+            raise UserError(
+                f"--{name.replace('_', '-')} is for a measurement {words[1]}: give it {words[0]} --fake-data"
+            )
+    if fake_data:
+        length, count = options["seq_length"], options["sequences"] or 1
+        if length is not None and (length % count or length < 2 * count):
+            raise UserError(f"--seq-length {length} cannot be {count} equal sequences of 2 tokens or more")
+        sizes = options["vocab_sizes"]
+        if sizes is not None and (len(sizes) < 2 or min(sizes) < 1):
+            raise UserError(f"--vocab-sizes {','.join(map(str, sizes))}: give two or more, such as 32768,151936")
+        _measure("fake-data", options)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slurmkit" / "bench"
+    models = options["models"]
+    options |= {"cache": options["cache"] or str(cache), "alone": bool(options["alone"])}
+    _measure("beside-trl", {**options, "models": models and models.split(",")})
+
+
+@command.command("driver")
+@click.option("--ranks", type=_POSITIVE, help="Policy ranks, and engines.  [default: 64]")
+@click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 64]")
+@click.option("--generations", type=click.IntRange(2), help="Rollouts of each.  [default: 16]")
+@click.option("--tokens", type=_POSITIVE, help="Of a completion, in the mean.  [default: 256]")
+@click.option("--steps", type=click.IntRange(1), help="Beside a first one that is left out.  [default: 20]")
+@_with(*_OF_ALL)
+def driver(**options: Any) -> None:
+    """Measure the driver's own part of a step, with ranks, engines and tasks that take no time."""
+    _measure("driver", options)
+
+
+def _measure(benchmark: str, options: dict[str, Any]) -> None:
+    """In a child, as the trainer's libraries are not for this process. Ends with its exit code."""
+    given = {name: value for name, value in options.items() if value is not None}
+    done = subprocess.run([sys.executable, "-m", "slurmkit.bench", json.dumps({"benchmark": benchmark, **given})])
+    sys.exit(done.returncode)
