@@ -318,7 +318,8 @@ def effect(run: Run, hit: Attempt, at: float) -> Effect:
 
 def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What must be equal in two runs of one configuration."""
-    return [{k: v for k, v in line.items() if not k.startswith("time:")} for line in metrics]
+    of_machine = ("time:", "perf:", "train:peak_memory_gib")
+    return [{k: v for k, v in line.items() if not k.startswith(of_machine)} for line in metrics]
 
 
 def snapshot(cluster: Cluster) -> dict[str, tuple[Counter[str], set[str]]]:

@@ -72,6 +72,13 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str], timeout
         time.sleep(0.001)
 
 
+def without_times(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what another machine, or another moment, would have otherwise."""
+    of_machine = ("time:", "perf:", "train:peak_memory_gib")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(of_machine)} for line in lines]
+
+
 def last_logged(folder: Path) -> int:
     """The last step of which metrics.jsonl has a line; -1 before the first."""
     path = folder / "metrics.jsonl"

@@ -32,7 +32,8 @@ from slurmkit.grpo.interrupt import Interrupts
 from slurmkit.grpo.loss_sums import LossSums
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.plots import Plots
-from slurmkit.grpo.policy import Policy, StepResult
+from slurmkit.grpo.policy import Policy
+from slurmkit.grpo.policy_worker import StepResult
 from slurmkit.grpo.saving import Saver
 from slurmkit.grpo.throughput import Description, Gauge, Shape
 from slurmkit.rollout.chat import Chat
@@ -113,7 +114,7 @@ class _Rank:
         match method:
             case "update":
                 sums = LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0)
-                return StepResult(sums, grad_norm=0.0, peak_memory_gib=0.0)
+                return StepResult(sums, grad_norm=0.0, lr=0.0, seconds={}, peak_memory_gib=0.0)
             case "put_weights":
                 return [None]
             case "load":
@@ -211,7 +212,13 @@ async def _run(settings: Settings, folder: Path) -> None:
     last_step = settings.steps + 1
     state = TrainerState(0, 0, 0, 0, order.digest, {})
     with RunLog(folder, config, last_step=last_step, resume_after=None) as log:
-        chat, policy = Chat(folder / "model"), Policy(fakes, [rank.name for rank in fakes])
+        chat = Chat(folder / "model")
+        policy = Policy(
+            fakes,
+            [rank.name for rank in fakes],
+            tensor_parallel_size=1,
+            micro_batch_tokens=config.policy.micro_batch_tokens,
+        )
         checkpoints = Checkpoints(folder, config.checkpointing)
         async with (
             EnginePool(fakes, config.policy.generation.max_batch_size) as pool,

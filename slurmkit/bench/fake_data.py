@@ -27,7 +27,7 @@ from slurmkit.bench.shapes import Shape, shape_of
 from slurmkit.config.algorithm import LossFn
 from slurmkit.config.schema import TrainConfig
 from slurmkit.grpo.batch import MicroBatch, optimizer_steps
-from slurmkit.grpo.policy import PolicyWorker
+from slurmkit.grpo.policy_worker import PolicyWorker
 from slurmkit.grpo.throughput import peak_flops
 from slurmkit.rollout.sample import Sample
 
@@ -83,7 +83,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     for step in range(settings.steps):
         micro_batches = _micro_batches(shape, settings, step)
         began = time.perf_counter()
-        worker.update(micro_batches)
+        worker.update(micro_batches, step + 1)
         if settings.device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -137,7 +137,7 @@ def _worker(folder: Path, settings: Settings) -> PolicyWorker:
     )
     worker = PolicyWorker(config, rank=0, num_ranks=1, threads=settings.threads)
     worker.join("127.0.0.1", "127.0.0.1", worker.open_store("127.0.0.1"))
-    worker.load(str(folder), None, 0)
+    worker.load(str(folder), None, None, 0)
     return worker
 
 

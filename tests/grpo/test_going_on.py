@@ -15,7 +15,7 @@ from time import sleep
 from typing import Any
 
 import pytest
-from driver import Run, does, ended, last_logged, processes_of, run, start, titled, until
+from driver import Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
 from tiny import make_tiny_model, tiny_config
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -27,12 +27,6 @@ from slurmkit.grpo.resume import starting_point
 
 TINY = Path(__file__).with_name("tiny.yaml")
 WANDB = ("logger.wandb_enabled=true", "logger.wandb.mode=offline")
-
-
-def without_times(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    machine = ("time:", "perf:", "train:peak_memory_gib")
-    return [{name: value for name, value in line.items() if not name.startswith(machine)} for line in lines]
 
 
 class Attempts:

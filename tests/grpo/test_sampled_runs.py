@@ -8,24 +8,19 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from driver import Run, run
+from driver import Run, run, without_times
 from tiny import tiny_config
 
 from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.grpo.checkpoint import TrainerState
+from slurmkit.grpo.saving import Deadline, Saver
 from slurmkit.grpo.trainer import Trainer
 
 SAMPLED = Path(__file__).with_name("sampled.yaml")
 # Any validation is good enough.
 STOP = ("grpo.stop_at_validation_metric=val:pass@2", "grpo.stop_at_validation_threshold=0.0")
-
-
-def without_times(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time:", "last_step")
-    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
 
 
 def test_a_run_that_stopped_at_its_threshold_goes_on_without_one_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -75,6 +70,8 @@ def test_the_epochs_end_a_run_that_draws_more_tasks_than_a_step_asks_for(
     config = tiny_config(tmp_path, grpo={**keys, "batch_multiplier": 1.5, "max_num_epochs": 2, "val_at_end": True})
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.domain, trainer.last_step = config, Arithmetic(ArithmeticEnv(), seed=1), 100
+    saver = Saver.__new__(Saver)
+    saver.deadline, trainer.saver = Deadline(None, 0.0), saver
     tasks = 2 * len(trainer.domain.train_tasks)
     for position, is_over in ((0, False), (tasks - 3, False), (tasks - 2, True), (tasks + 1, True)):
         trainer.order = TaskOrder(trainer.domain.train_sources, seed=1, shuffle=True, position=position)
