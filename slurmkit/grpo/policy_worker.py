@@ -139,7 +139,8 @@ class PolicyWorker:
             # Mapped, not read: each rank takes its part of it.
             path = Path(checkpoint) / "optimizer.pt"
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            set_optimizer_state_dict(self._causal_lm, self._optimizer, state, options=_WHOLE)
+            if state:
+                set_optimizer_state_dict(self._causal_lm, self._optimizer, state, options=_WHOLE)
 
     def _open(self, path: str) -> Any:
         return (blank_model if self._rank else whole_model)(
@@ -243,7 +244,9 @@ class PolicyWorker:
         """Copy the whole state to rank 0's memory, whose thread then writes `model/`, `adapter/` if there are any and
         `optimizer.pt`."""
         state = self._gather()
-        optimizer = get_optimizer_state_dict(self._causal_lm, self._optimizer, options=_WHOLE)
+        optimizer: dict[str, Any] = {}
+        if self._optimizer.state:  # torch would make an update by zero to have one, and count it
+            optimizer = get_optimizer_state_dict(self._causal_lm, self._optimizer, options=_WHOLE)
         if state is not None:
             live = tree_leaves([list(self._model.parameters()), self._optimizer.state_dict()["state"]])
             state, optimizer = apart(state, live), apart(optimizer, live)

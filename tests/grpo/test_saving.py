@@ -70,17 +70,23 @@ def test_steps_go_on_while_one_is_written_and_who_leaves_waits_for_it(finished: 
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Any:
-    """A policy of one rank in this process, with moments."""
+def fresh(tmp_path: Path) -> Any:
+    """A policy of one rank in this process, before its first update."""
     model = make_tiny_model(tmp_path / "start")
     policy = {"model_name": str(model), "from_scratch": None}
     alone = PolicyWorker(tiny_config(tmp_path, policy=policy), 0, 1, threads=1)
     port = alone.open_store("127.0.0.1")
     alone.join("127.0.0.1", "127.0.0.1", port)
     alone.load(str(model), None, None, 0)
-    move(alone)
     yield alone
     distributed.destroy_process_group()
+
+
+@pytest.fixture
+def worker(fresh: PolicyWorker) -> PolicyWorker:
+    """The same with moments."""
+    move(fresh)
+    return fresh
 
 
 def move(worker: PolicyWorker, by: float = 1.0) -> None:
@@ -121,6 +127,18 @@ def test_a_checkpoint_holds_the_step_it_was_asked_for_whatever_comes_before_it_i
     assert {float(moments["step"]) for moments in state.values()} == {1.0}
     assert [float(moments["exp_avg"].mean()) for moments in state.values()] == pytest.approx([0.1] * len(state))
     assert digests.keys() >= {"optimizer.pt", "model/model.safetensors", "model/config.json"}
+
+
+def test_a_save_before_the_first_update_does_not_count_as_one(fresh: PolicyWorker, tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    fresh.save(str(tmp_path / "saved"))
+    written(fresh)
+    move(fresh)
+    again = fresh._optimizer.state.values()
+    fresh.load(str(tmp_path / "start"), None, str(tmp_path / "saved"), 0)
+    move(fresh)
+    for moments in (again, fresh._optimizer.state.values()):
+        assert {float(each["step"]) for each in moments} == {1.0}
 
 
 def test_weights_that_have_diverged_are_never_saved(worker: PolicyWorker, tmp_path: Path) -> None:
