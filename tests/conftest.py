@@ -1,4 +1,4 @@
-"""Shared fixtures: one real Slurm for the session, and a folder that its nodes share."""
+"""Shared fixtures: one real Slurm for the session, a folder that its nodes share, and one finished run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from driver import EVERY_STEP, TINY, Run, run
 from parts import REPOSITORY, SLURMKIT, need_slurm
 
 if TYPE_CHECKING:
@@ -116,3 +117,13 @@ def machines() -> Iterator[Machines]:
 
     with container_machines() as two:
         yield two
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Eight steps, each saved and kept, with everything logged that can be, for tests of what a run leaves."""
+    logged = ("logger.tensorboard_enabled=true", "cluster.peak_tflops_per_gpu=0.1")
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    done = run(folder, TINY, *EVERY_STEP, "checkpointing.save_period=1", *logged, timeout=550)
+    assert done.code == 0, done.errors
+    return done

@@ -15,7 +15,7 @@ from time import sleep
 from typing import Any
 
 import pytest
-from driver import Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
+from driver import TINY, Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
 from tiny import make_tiny_model, tiny_config
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -25,7 +25,6 @@ from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.resume import starting_point
 
-TINY = Path(__file__).with_name("tiny.yaml")
 WANDB = ("logger.wandb_enabled=true", "logger.wandb.mode=offline")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Run
+from driver import TINY, Run
 from parts import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_tiny_model, tiny_config
@@ -20,8 +20,6 @@ from slurmkit.config.metrics import computed
 from slurmkit.errors import Failure
 from slurmkit.grpo.metrics import RunLog, check_finite, whole_step
 from slurmkit.grpo.throughput import Description, Gauge, Shape, peak_flops, shape_of
-
-TINY = Path(__file__).with_name("tiny.yaml")
 
 
 def documented() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Run, ended, last_logged, start, until
+from driver import EVERY_STEP, TINY, Run, ended, last_logged, start, until
 from safetensors.torch import load_file
 from tiny import make_tiny_model, tiny_config
 from torch import distributed
@@ -26,8 +26,6 @@ from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 from slurmkit.grpo.policy_worker import PolicyWorker
 from slurmkit.grpo.saving import Deadline, Saver
 
-TINY = Path(__file__).with_name("tiny.yaml")
-EVERY_STEP = ("checkpointing.keep_top_k=null", "checkpointing.metric_name=train:reward_mean")
 # In every process that Python starts; only rank 0's writer has a thread of that name.
 HELD = """
 import os, threading, time

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from driver import ended, last_logged, processes_of, run, start, titled, until
+from driver import TINY, ended, last_logged, processes_of, run, start, titled, until
 from parts import missing
 
 from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import together
 
-TINY = Path(__file__).with_name("tiny.yaml")
 LONG = "grpo.max_num_steps=100000"
 
 
