@@ -140,8 +140,8 @@ class Grpo(Section):
     def _a_group_can_differ(self) -> Self:
         if self.num_generations_per_prompt == 1 and self.adv_estimator.minus_baseline:
             raise ValueError(
-                "num_generations_per_prompt is 1: an advantage compares the episodes of one task, so it needs 2 or more; "
-                "only adv_estimator.name reinforce_plus_plus with minus_baseline false does without"
+                "num_generations_per_prompt is 1: an advantage compares the episodes of one task, so it needs 2 or "
+                "more; adv_estimator.name reinforce_plus_plus with minus_baseline false alone does without"
             )
         return self
 

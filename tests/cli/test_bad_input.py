@@ -139,7 +139,10 @@ FLAGS = [
         "policy.generation.temperature: should be greater than 0",
     ),
     ("--config example.yaml policy.precision=fp8", "policy.precision: should be 'float32' or 'bfloat16', not 'fp8'"),
-    ("--config example.yaml loss_fn.ratio_clip_min=1.5", "loss_fn.ratio_clip_min: should be less than or equal to 1, not 1.5"),
+    (
+        "--config example.yaml loss_fn.ratio_clip_min=1.5",
+        "loss_fn.ratio_clip_min: should be less than or equal to 1, not 1.5",
+    ),
     (
         "--config example.yaml checkpointing.metric_name=loss",
         "checkpointing.metric_name loss is not computed by this run; the nearest that is is train:loss",

@@ -34,7 +34,7 @@ SHAPING = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 
         ("grpo", {"num_prompts_per_step": 0}, "greater than or equal to 1"),
         ("grpo", {"num_generations_per_prompt": 1}, "needs 2 or more"),
         ("grpo", {"num_prompts_per_step": 3}, "train_global_batch_size 4 must divide the 6 samples"),
-        ("cluster", {"num_nodes": 8}, "4 leaves some of the 8 policy ranks without a sample"),
+        ("cluster", {"num_nodes": 8}, "4 leaves some of the 8 data-parallel ranks without a sample"),
         ("policy", {"model_name": "Qwen/Qwen3-0.6B"}, "exactly one of policy.model_name"),
         ("policy", {"from_scratch": None}, "exactly one of policy.model_name"),
         ("policy", {"generation": {"max_new_tokens": 64}}, "it must be at most 63"),
