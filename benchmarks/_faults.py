@@ -254,7 +254,7 @@ class Run:
     def look(self) -> None:
         """Take in what is new since the last time."""
         known = {attempt.name for attempt in self.attempts}
-        for path in sorted(self.path.glob("attempts/*/start.json"), key=lambda path: path.stat().st_mtime):
+        for path in sorted(self.path.glob("attempts/[0-9]*/start.json"), key=lambda path: path.stat().st_mtime):
             if path.parent.name not in known and path.parent.name != "latest":
                 self.attempts.append(Attempt(path.parent, json.loads(path.read_text()), path.stat().st_mtime))
         for attempt in self.attempts[-2:]:

@@ -104,7 +104,10 @@ def test_a_rendered_file_passes_bash_and_shellcheck(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_rendered_file_stays_short_enough_to_read(name: str) -> None:
-    assert len(render(SPECS[name]).splitlines()) <= 250
+    # The settled training configuration is data in it, as long as there are keys: a paragraph per section.
+    config = len((SPECS[name].config or "").splitlines())
+    assert len(render(SPECS[name]).splitlines()) - config <= 240
+    assert config <= 60
 
 
 def test_two_renders_in_different_processes_and_places_are_the_same_bytes(tmp_path: Path) -> None:

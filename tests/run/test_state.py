@@ -370,7 +370,7 @@ def test_without_an_answer_from_slurm_the_files_tell_and_the_queue_says_why(tmp_
 @pytest.mark.parametrize(("program", "state"), [("slurmkit", "running"), ("another", "lost")])
 def test_a_local_run_is_running_as_long_as_its_process(tmp_path: Path, program: str, state: str) -> None:
     made = Made(tmp_path / "run").record(one="local-1").put("local-1", "driver.log")
-    with subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(60)  # {program}"]) as process:
+    with subprocess.Popen(["bash", "-c", "read -r -t 60", program], stdin=subprocess.PIPE) as process:
         facts = {"nodes": socket.gethostname(), "pid": process.pid}
         # Long before this process: it has only taken the number.
         assert state_of(made.start("local-1", 1e6, **facts), None).state == "lost"

@@ -222,6 +222,7 @@ def test_a_cluster_whose_accounting_keeps_environments_is_warned_of(cluster: Clu
     job_id = done.stdout.split()[1]
     wait_until(lambda: value in cluster.ask("sacct", "--jobs", job_id, "--env-vars"), "the warning is true")
     cluster.ask("scancel", job_id)
+    wait_for_end(cluster, job_id)
 
 
 def test_a_job_that_slurm_gave_no_secret_ends_at_once_and_names_it(cluster: Cluster, shared_path: Path) -> None:
