@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
+
 from slurmkit.envs.environment import Message, Score, Task
 from slurmkit.generation.engine import Completion, FinishReason
 from slurmkit.rollout.collect import Group
 from slurmkit.rollout.episode import Episode
+
+
+def completion(
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    reason: FinishReason = "stop",
+    *,
+    text: str = "1",
+    version: int = 0,
+) -> Completion:
+    arrays = numpy.array(token_ids, numpy.int32), numpy.array(logprobs, numpy.float32)
+    return Completion(*arrays, text, reason, version)
 
 
 def episode(
@@ -18,7 +32,7 @@ def episode(
     return Episode(
         task=Task(name, f"{name}?", "1"),
         prompt_ids=(1, 2, 3),
-        completion=Completion((7,) * length, (-0.5,) * length, reason, 0),
+        completion=completion((7,) * length, (-0.5,) * length, reason),
         temperature=1.0,
         score=Score(reward, reward > 0 if correct is None else correct),
         messages=(Message("user", f"{name}?"), Message("assistant", "1")),

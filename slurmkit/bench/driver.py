@@ -18,6 +18,8 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+import numpy
+
 from slurmkit.bench.child import answer
 from slurmkit.config.model import FromScratch
 from slurmkit.config.schema import TrainConfig
@@ -127,8 +129,9 @@ class _Rank:
 
 def _completion(settings: Settings, rng: Random) -> Completion:
     length = rng.randint(1, 2 * settings.tokens - 1)
-    token_ids = tuple(rng.randrange(256) for _ in range(length))
-    return Completion(token_ids, tuple(-rng.random() for _ in range(length)), "length", 0)
+    token_ids = numpy.array([rng.randrange(256) for _ in range(length)], numpy.int32)
+    logprobs = numpy.array([-rng.random() for _ in range(length)], numpy.float32)
+    return Completion(token_ids, logprobs, "a reply", "length", 0)
 
 
 class _Domain:

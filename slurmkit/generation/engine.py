@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy
+from numpy.typing import NDArray
+
 from slurmkit.generation.weights import Weights
 
 FinishReason = Literal["stop", "length", "prompt_too_long"]
@@ -31,18 +34,22 @@ class Request:
     sampling: SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Completion:
     """One completion: the sampled tokens, the end-of-sequence token kept, and nothing after it.
 
-    `logprobs` are natural logarithms under the distribution that was sampled from, temperature included, in float32.
-    `weight_version` counts the updates that the weights had seen.
+    `logprobs` are natural logarithms under the distribution that was sampled from, temperature included; NaN where the
+    engine could not tell. `text` is what the tokens say, without special tokens: engines are many, and the driver, who
+    would otherwise decode for all of them, is one. `weight_version` counts the updates that the weights had seen.
 
-    Example: Completion(token_ids=(49, 50, 257), logprobs=(-0.3, -1.2, -0.01), finish_reason="stop", weight_version=4)
+    Example: Completion(
+        token_ids=numpy.array([49, 50, 257], numpy.int32), logprobs=numpy.array([-0.3, -1.2, -0.01], numpy.float32),
+        text="12", finish_reason="stop", weight_version=4)
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: NDArray[numpy.int32]
+    logprobs: NDArray[numpy.float32]
+    text: str
     finish_reason: FinishReason
     weight_version: int
 

@@ -21,7 +21,7 @@ class EnginePool:
         self._engines = engines
         self._max_batch_size = max_batch_size
         self._waiting: deque[_Waiting] = deque()
-        self._arrival = asyncio.Condition()
+        self._arrived = asyncio.Event()
         self._idle = 0
         self._loops: list[asyncio.Task[None]] = []
 
@@ -39,9 +39,8 @@ class EnginePool:
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """One completion. Failure where the engine that had the request died or overran its deadline."""
         future = asyncio.get_running_loop().create_future()
-        async with self._arrival:
-            self._waiting.append((Request(tuple(prompt_ids), sampling), future))
-            self._arrival.notify_all()
+        self._waiting.append((Request(tuple(prompt_ids), sampling), future))
+        self._arrived.set()
         completion: Completion = await future
         return completion
 
@@ -56,14 +55,13 @@ class EnginePool:
         answer. Produces: completions, or the engine's failure, for the coroutines that asked. Unblocked by: `generate`.
         """
         while True:
-            async with self._arrival:
-                self._idle += 1
-                try:
-                    await self._arrival.wait_for(lambda: len(self._waiting) > 0)
-                    share = math.ceil(len(self._waiting) / self._idle)
-                finally:
-                    self._idle -= 1
-                batch = [self._waiting.popleft() for _ in range(min(share, self._max_batch_size))]
+            self._idle += 1
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            share = math.ceil(len(self._waiting) / self._idle)
+            self._idle -= 1
+            batch = [self._waiting.popleft() for _ in range(min(share, self._max_batch_size))]
             try:
                 completions = await engine.call("generate", [request for request, _ in batch])
                 for (_, future), completion in zip(batch, completions, strict=True):

@@ -54,7 +54,8 @@ class TorchEngine:
             model_path, dtype=getattr(torch, precision), trust_remote_code=trust_remote_code
         ).to(device)
         self._model.eval().requires_grad_(False)
-        self._eos_id = int(AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code).eos_token_id)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        self._eos_id = int(self._tokenizer.eos_token_id)
         self._max_total_length = max_total_length
         self._max_batch_size = max_batch_size
         self._device = device
@@ -73,7 +74,7 @@ class TorchEngine:
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         fitting = [index for index in order if len(requests[index].prompt_ids) < self._max_total_length]
         for index in order[len(fitting) :]:
-            completions[index] = Completion((), (), "prompt_too_long", self._version)
+            completions[index] = self._completion([], [], "prompt_too_long")
         for first in range(0, len(fitting), self._max_batch_size):
             batch = fitting[first : first + self._max_batch_size]
             for index, completion in zip(batch, self._sample([requests[i] for i in batch]), strict=True):
@@ -114,10 +115,7 @@ class TorchEngine:
             token_B = self._draw(output.logits[:, -1].float(), sampling)
             unfinished = [b for b, row in enumerate(sampling) if self._reason(row) is None]
             if not unfinished:
-                return [
-                    Completion(tuple(row.token_ids), tuple(row.logprobs), self._reason(row) or "stop", self._version)
-                    for row in rows
-                ]
+                return [self._completion(row.token_ids, row.logprobs, self._reason(row) or "stop") for row in rows]
             if len(unfinished) < len(sampling):
                 kept = torch.tensor(unfinished, device=self._device)
                 cache.batch_select_indices(kept)
@@ -143,6 +141,15 @@ class TorchEngine:
             row.token_ids.append(token)
             row.logprobs.append(logprob)
         return token_B
+
+    def _completion(self, token_ids: list[int], logprobs: list[float], reason: FinishReason) -> Completion:
+        return Completion(
+            token_ids=numpy.array(token_ids, numpy.int32),
+            logprobs=numpy.array(logprobs, numpy.float32),
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=reason,
+            weight_version=self._version,
+        )
 
     def _reason(self, row: _Row) -> FinishReason | None:
         if row.token_ids and row.token_ids[-1] == self._eos_id:

@@ -47,16 +47,20 @@ def group_advantages(rewards: Sequence[float], *, normalize: bool, leave_one_out
     """
     if not _spread(rewards):
         return [0.0] * len(rewards)
-    advantages = []
-    for index, reward in enumerate(rewards):
-        compared = [*rewards[:index], *rewards[index + 1 :]] if leave_one_out else rewards
-        mean = statistics.fmean(compared)
-        advantage = reward - mean
-        if normalize and _spread(compared):
-            # statistics.stdev is exact, in fractions: twenty times as long.
-            advantage /= sqrt(fsum((other - mean) ** 2 for other in compared) / (len(compared) - 1)) + EPSILON
-        advantages.append(advantage)
-    return advantages
+    if leave_one_out:
+        compared = [_mean_and_scale([*rewards[:n], *rewards[n + 1 :]], normalize) for n in range(len(rewards))]
+    else:
+        compared = [_mean_and_scale(rewards, normalize)] * len(rewards)
+    return [(reward - mean) / scale for reward, (mean, scale) in zip(rewards, compared, strict=True)]
+
+
+def _mean_and_scale(rewards: Sequence[float], normalize: bool) -> tuple[float, float]:
+    """What is taken off a reward, and what the rest is divided by."""
+    mean = fsum(rewards) / len(rewards)
+    if not normalize or not _spread(rewards):
+        return mean, 1.0
+    # statistics.stdev is exact, in fractions: twenty times as long.
+    return mean, sqrt(fsum([(reward - mean) ** 2 for reward in rewards]) / (len(rewards) - 1)) + EPSILON
 
 
 def maxrl_advantages(rewards: Sequence[float]) -> list[float]:

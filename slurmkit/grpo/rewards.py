@@ -13,15 +13,17 @@ from slurmkit.rollout.episode import Episode
 
 def scaled_group(group: Group, grpo: Grpo) -> Group:
     """The group with its rewards scaled: what dynamic sampling looks at."""
+    if not grpo.reward_scaling.enabled:
+        return group
     return _with_rewards(group, lambda episode: scaled(episode.score.reward, grpo.reward_scaling))
 
 
 def shaped_group(group: Group, grpo: Grpo) -> Group:
     """The group with the rewards that are trained on: scaled, then shaped."""
-    return _with_rewards(
-        scaled_group(group, grpo),
-        lambda episode: shaped(episode.score.reward, episode.completion, grpo.reward_shaping),
-    )
+    group = scaled_group(group, grpo)
+    if not grpo.reward_shaping.enabled:
+        return group
+    return _with_rewards(group, lambda episode: shaped(episode.score.reward, episode.completion, grpo.reward_shaping))
 
 
 def scaled(reward: float, scaling: RewardScaling) -> float:

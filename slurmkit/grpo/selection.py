@@ -126,7 +126,7 @@ def score_metrics(prefix: str, episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def _differs(group: Group) -> bool:
-    rewards = {episode.score.reward for episode in group.episodes if episode.completion.token_ids}
+    rewards = {episode.score.reward for episode in group.episodes if len(episode.completion.token_ids)}
     return len(rewards) > 1
 
 

@@ -40,10 +40,6 @@ class Chat:
             )
         )
 
-    def reply_text(self, token_ids: Sequence[int]) -> str:
-        """What the sampled tokens say, without special tokens."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
-
     def save(self, folder: Path) -> None:
         """Write the tokenizer beside a model's weights."""
         self._tokenizer.save_pretrained(folder)

@@ -37,9 +37,11 @@ class Sampling:
     seed: tuple[int, ...]
     first: int = 0
 
-    def of_episode(self, index: int) -> SamplingParams:
-        seed = int(numpy.random.SeedSequence([*self.seed, self.first + index]).generate_state(1, numpy.uint64)[0])
-        return SamplingParams(self.temperature, self.max_new_tokens, seed)
+    def of_episodes(self, count: int) -> list[SamplingParams]:
+        """Of the round's episodes in order."""
+        # A place's number does not depend on how many are drawn with it.
+        seeds = numpy.random.SeedSequence(self.seed).generate_state(self.first + count, numpy.uint64)[self.first :]
+        return [SamplingParams(self.temperature, self.max_new_tokens, seed) for seed in seeds.tolist()]
 
 
 async def collect(
@@ -57,21 +59,16 @@ async def collect(
     An episode whose environment raises is missing from its group and named there. A failing engine ends everything.
     """
 
-    async def play(task: Task, index: int) -> Episode | str:
+    async def play(task: Task, sampling: SamplingParams) -> Episode | str:
         try:
             return await run_episode(
-                task,
-                domain.environment(),
-                policy,
-                chat,
-                sampling.of_episode(index),
-                timeout_seconds=environment_timeout_seconds,
+                task, domain.environment(), policy, chat, sampling, timeout_seconds=environment_timeout_seconds
             )
         except BrokenEnvironment as error:
             return str(error)
 
     rollouts = [task for task in tasks for _ in range(episodes_per_task)]
-    played = await together(*(play(task, index) for index, task in enumerate(rollouts)))
+    played = await together(*map(play, rollouts, sampling.of_episodes(len(rollouts))))
     groups = []
     for first, task in zip(range(0, len(played), episodes_per_task), tasks, strict=True):
         outcomes = played[first : first + episodes_per_task]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from slurmkit.envs.environment import Environment, Message, Score, Task
 from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat
+
+Answer = TypeVar("Answer")
 
 
 class Generate(Protocol):
@@ -49,37 +50,38 @@ async def run_episode(
 ) -> Episode:
     """Play one episode.
 
-    BrokenEnvironment, which names the task, where the environment raised, took longer than `timeout_seconds` over a
-    call or gave a reward that is no finite number; failures of the engines pass through.
+    BrokenEnvironment, which names the task, where the environment raised, took longer than `timeout_seconds` before or
+    after a reply, or gave a reward that is no finite number; failures of the engines pass through.
 
     A prompt that does not fit is scored like an empty reply.
     """
     messages = await opening(task, environment, timeout_seconds=timeout_seconds)
     prompt_ids = chat.prompt_ids(messages)
     completion = await policy.generate(prompt_ids, sampling)
-    reply = Message("assistant", chat.reply_text(completion.token_ids))
-    async with _blaming(task, environment, timeout_seconds):
-        following = await environment.step(reply)
-        if following:
-            raise NotImplementedError("episodes of more than one turn")
-    async with _blaming(task, environment, timeout_seconds):
-        score = await environment.score()
-        if not isfinite(score.reward):
-            raise ValueError(f"the reward is {score.reward}")
+    reply = Message("assistant", completion.text)
+    score = await _asked(_judged(environment, reply), task, environment, timeout_seconds)
     return Episode(task, prompt_ids, completion, sampling.temperature, score, (*messages, reply))
 
 
 async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Sequence[Message]:
     """The messages that an episode starts with. BrokenEnvironment as in `run_episode`."""
-    async with _blaming(task, environment, timeout_seconds):
-        return await environment.start(task)
+    return await _asked(environment.start(task), task, environment, timeout_seconds)
 
 
-@asynccontextmanager
-async def _blaming(task: Task, environment: Environment, timeout_seconds: float) -> AsyncIterator[None]:
+async def _judged(environment: Environment, reply: Message) -> Score:
+    if await environment.step(reply):
+        raise NotImplementedError("episodes of more than one turn")
+    score = await environment.score()
+    if not isfinite(score.reward):
+        raise ValueError(f"the reward is {score.reward}")
+    return score
+
+
+async def _asked(answer: Awaitable[Answer], task: Task, environment: Environment, timeout_seconds: float) -> Answer:
+    """What the environment answers, in time."""
     try:
         async with asyncio.timeout(timeout_seconds):
-            yield
+            return await answer
     except Exception as error:
         what = f"{type(environment).__qualname__}: {type(error).__name__}: {error}"
         raise BrokenEnvironment(f"task {task.name}: {what}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy
 from numpy.typing import NDArray
@@ -44,17 +44,13 @@ class Sample:
     """The reference model's, where the loss or the reward asks for them."""
 
     def __post_init__(self) -> None:
-        arrays = {
-            "token_ids": self.token_ids,
-            "loss_mask": self.loss_mask,
-            "logprobs": self.logprobs,
-            "advantage": self.advantage,
-            "prev_logprobs": self.prev_logprobs,
-            "reference_logprobs": self.reference_logprobs,
-        }
-        lengths = {name: len(array) for name, array in arrays.items() if array is not None}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"a sample's arrays must be equally long, found {lengths}")
+        arrays = (self.token_ids, self.loss_mask, self.logprobs, self.advantage)
+        scored = (self.prev_logprobs, self.reference_logprobs)
+        lengths = [len(array) for array in (*arrays, *scored) if array is not None]
+        if len(set(lengths)) != 1:
+            named = ((field.name, getattr(self, field.name)) for field in fields(self))
+            found = {name: len(value) for name, value in named if isinstance(value, numpy.ndarray)}
+            raise ValueError(f"a sample's arrays must be equally long, found {found}")
         if self.loss_mask[:1].any():
             raise ValueError("a sample's first token follows from nothing, so it cannot be trained on")
 

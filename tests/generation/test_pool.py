@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from groups import completion
 
 from slurmkit.errors import Failure
 from slurmkit.generation.engine import Completion, Request, SamplingParams
@@ -29,7 +30,7 @@ class Recorder:
         if self._failures:
             self._failures -= 1
             raise Failure("engine 0 died")
-        return [Completion(r.prompt_ids, (0.0,) * len(r.prompt_ids), "stop", 0) for r in batch]
+        return [completion(r.prompt_ids, (0.0,) * len(r.prompt_ids)) for r in batch]
 
 
 async def ask(engines: list[Any], count: int, max_batch_size: int) -> list[Any]:
@@ -41,7 +42,7 @@ async def ask(engines: list[Any], count: int, max_batch_size: int) -> list[Any]:
 
 def test_everybody_gets_the_answer_to_their_own_prompt() -> None:
     answers = asyncio.run(asyncio.wait_for(ask([Recorder(), Recorder()], 50, 8), 10))
-    assert [answer.token_ids for answer in answers] == [(number,) for number in range(50)]
+    assert [answer.token_ids.tolist() for answer in answers] == [[number] for number in range(50)]
 
 
 def test_what_waits_is_shared_evenly_between_idle_engines() -> None:
@@ -66,4 +67,4 @@ def test_a_failure_reaches_those_who_asked_and_nobody_waits_for_ever() -> None:
 
 def test_a_completion_without_as_many_logprobs_as_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="2 tokens with 1 logprobs"):
-        Completion((1, 2), (0.0,), "stop", 0)
+        completion((1, 2), (0.0,))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy
 import pytest
+from groups import completion
 from tiny import make_tiny_model
 
 from slurmkit.config.algorithm import Grpo, LossFn
@@ -39,9 +40,9 @@ class Scripted:
     async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
         reply = self._replies.pop(0)
         if reply is None:
-            return Completion((), (), "prompt_too_long", 3)
+            return completion((), (), "prompt_too_long", text="", version=3)
         ids = self._chat.reply_ids(reply)
-        return Completion(ids, (-0.5,) * len(ids), "stop", 3)
+        return completion(ids, (-0.5,) * len(ids), text=reply, version=3)
 
 
 class Breaking(Arithmetic):
@@ -120,13 +121,13 @@ def test_groups_without_signal_are_counted_by_reason(chat: Chat) -> None:
     assert len(samples) == 7
 
 
-def an_episode(reward: float, logprobs: Sequence[float | None], correct: bool = True) -> Episode:
-    completion = Completion(tuple(range(9, 9 + len(logprobs))), tuple(logprobs), "stop", 0)  # type: ignore[arg-type]
-    return Episode(TASK, (1, 2), completion, 1.0, Score(reward, correct))
+def an_episode(reward: float, logprobs: Sequence[float], correct: bool = True) -> Episode:
+    sampled = completion(range(9, 9 + len(logprobs)), logprobs)
+    return Episode(TASK, (1, 2), sampled, 1.0, Score(reward, correct))
 
 
-@pytest.mark.parametrize("unknown", [None, math.nan, -math.inf, math.inf])
-def test_a_token_without_a_logprob_leaves_the_loss_and_its_denominator(unknown: float | None) -> None:
+@pytest.mark.parametrize("unknown", [math.nan, -math.inf, math.inf])
+def test_a_token_without_a_logprob_leaves_the_loss_and_its_denominator(unknown: float) -> None:
     group = Group(TASK, (an_episode(1.0, [-0.5, unknown, -0.5]), an_episode(0.0, [-0.5] * 2)), ())
     samples, metrics = judge([group], Grpo())
     assert samples[0].loss_mask.tolist() == [False, False, True, False, True]
@@ -154,7 +155,7 @@ def test_a_reward_that_is_no_number_is_the_environments_fault_and_counted(chat: 
 
 def test_logprobs_must_be_as_many_as_tokens() -> None:
     with pytest.raises(ValueError, match="2 tokens with 1 logprobs"):
-        Completion((1, 2), (-0.5,), "stop", 0)
+        completion((1, 2), (-0.5,))
 
 
 def test_the_kl_of_the_whole_episode_lowers_its_reward_before_the_advantage() -> None:
@@ -225,5 +226,5 @@ def test_a_failing_engine_is_not_taken_for_a_broken_environment(chat: Chat) -> N
 
 
 def test_every_episode_of_a_step_and_every_step_draws_other_random_numbers() -> None:
-    seeds = {Sampling(1.0, 5, (1, 0, step)).of_episode(index).seed for step in range(20) for index in range(20)}
+    seeds = {each.seed for step in range(20) for each in Sampling(1.0, 5, (1, 0, step)).of_episodes(20)}
     assert len(seeds) == 400

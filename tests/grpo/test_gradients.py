@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from groups import completion
 from tabular import (
     EPISODES,
     NUM_TOKENS,
@@ -26,7 +27,6 @@ from tabular import (
 
 from slurmkit.config.algorithm import Grpo, LossFn
 from slurmkit.envs.environment import Score, Task
-from slurmkit.generation.engine import Completion
 from slurmkit.grpo.advantage import advantages
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.loss import policy_loss
@@ -347,9 +347,8 @@ def test_the_kl_in_the_reward_has_the_gradient_of_the_whole_episodes_kl() -> Non
 
 
 def an_episode(episode: tuple[int, ...], table: Table) -> Episode:
-    logprobs = tuple(token_logprobs(table, episode).tolist())
-    completion = Completion(episode, logprobs, "stop", 0)
-    return Episode(Task("t", "", ""), (0,), completion, 1.0, Score(REWARD[episode], correct=False))
+    sampled = completion(episode, token_logprobs(table, episode).tolist())
+    return Episode(Task("t", "", ""), (0,), sampled, 1.0, Score(REWARD[episode], correct=False))
 
 
 def estimated_over_groups(table: Table, rewards: dict[tuple[int, ...], float], size: int, grpo: Grpo) -> torch.Tensor:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from groups import completion
 from tiny import make_tiny_model, tiny_config
 
 from slurmkit.config.data import ArithmeticEnv
@@ -43,7 +44,7 @@ class Judged(Arithmetic):
 
 class Engine:
     async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
-        return Completion((50, 257), (-0.5, -0.5), "stop", 0)
+        return completion((50, 257), (-0.5, -0.5), text="a reply")
 
 
 def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(chat: Chat) -> None:
@@ -63,12 +64,12 @@ def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(
         f"task short: _Episode: ValueError: the reward is {each}" for each in ("nan", "inf")
     )
     assert [message.role for message in groups[0].episodes[0].messages] == ["user", "assistant"]
-    assert groups[0].episodes[0].messages[1].content == chat.reply_text((50, 257))
+    assert groups[0].episodes[0].messages[1].content == "a reply"
 
 
 def test_a_later_round_of_a_step_draws_numbers_of_its_own() -> None:
-    together = [Sampling(1.0, 5, (1, 0, 3)).of_episode(index).seed for index in range(12)]
-    rounds = [Sampling(1.0, 5, (1, 0, 3), first).of_episode(index).seed for first in (0, 8) for index in range(4)]
+    together = [each.seed for each in Sampling(1.0, 5, (1, 0, 3)).of_episodes(12)]
+    rounds = [each.seed for first in (0, 8) for each in Sampling(1.0, 5, (1, 0, 3), first).of_episodes(4)]
     assert rounds == together[:4] + together[8:]
 
 
