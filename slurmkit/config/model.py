@@ -106,6 +106,10 @@ class Generation(Section):
     """The engine: torch is the embedded one."""
     temperature: Positive = 1.0
     """Logits are divided by it, in the engine and in the loss; validation samples at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together have at least this probability; 1 is all of them."""
+    top_k: Count | None = None
+    """Draw from so many likeliest tokens; null is all of them."""
     max_new_tokens: Count | None = None
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
     max_batch_size: Count = 256

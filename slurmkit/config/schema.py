@@ -144,6 +144,19 @@ class TrainConfig(Section):
                 f"policy.train_global_batch_size {batch} makes {samples // batch} updates of a step's samples: set it "
                 f"to {samples}"
             )
+        generation = self.policy.generation
+        truncated = f"policy.generation.top_p {generation.top_p:g}" if generation.top_p < 1 else ""
+        truncated = truncated or (f"policy.generation.top_k {generation.top_k}" if generation.top_k else "")
+        if truncated and self.loss_fn.use_importance_sampling_correction:
+            raise ValueError(
+                f"{truncated} never draws some tokens, so that no weight corrects for what is drawn, as "
+                "loss_fn.use_importance_sampling_correction true asks for: leave one of them out"
+            )
+        if truncated and not self.loss_fn.force_on_policy_ratio:
+            raise ValueError(
+                f"{truncated} makes the sampled tokens likelier than in the policy, and every ratio to it too small: "
+                "leave it out, or set loss_fn.force_on_policy_ratio to true, which asks for no ratio"
+            )
         if self.loss_fn.use_kl_in_reward and self.grpo.adv_estimator.name == "maxrl":
             raise ValueError(
                 "grpo.adv_estimator.name maxrl divides by a mean reward that must be positive, and "

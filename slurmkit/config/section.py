@@ -142,6 +142,10 @@ class Section:
         cls._rules = {
             mode: (*names, *(name for rule, name in marked if rule == mode)) for mode, names in cls._rules.items()
         }
+        # A key whose value is wrong must not be read as its default.
+        for name in named:
+            if name in own:
+                delattr(cls, name)
 
     def __init__(self, **values: Any) -> None:
         problems: list[Problem] = []
@@ -189,7 +193,10 @@ class Section:
         found, before = self.__dict__, len(problems)
         for name, key in cls.model_fields.items():
             if name in values:
-                found[name] = cls._checks[name](values[name], (*location, name), problems)
+                count = len(problems)
+                value = cls._checks[name](values[name], (*location, name), problems)
+                if len(problems) == count or isinstance(value, Section):
+                    found[name] = value
             elif key.default is _REQUIRED:
                 problems.append(Problem("missing", (*location, name), "is required", values))
             else:
@@ -198,11 +205,15 @@ class Section:
             if name not in cls.model_fields:
                 problems.append(Problem("unknown", (*location, name), "Extra inputs are not permitted", values[name]))
         found["model_fields_set"] = frozenset(values)
-        for rule in cls._rules["after"] if len(problems) == before else ():
+        is_whole = len(problems) == before
+        for rule in cls._rules["after"]:
             try:
                 getattr(self, rule)()
             except ValueError as error:
                 problems.append(Problem("value", location, str(error), values))
+            except AttributeError:
+                if is_whole:
+                    raise  # else the rule asks for a value that is wrong, which has been said
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise ValidationError([Problem("value", (name,), "the section is frozen", value)])

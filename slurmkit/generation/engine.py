@@ -18,12 +18,15 @@ FinishReason = Literal["stop", "length", "prompt_too_long"]
 class SamplingParams:
     """How one completion is drawn. Its tokens follow from `seed` alone, whoever shares the batch.
 
-    `temperature` 0 takes the likeliest token; logprobs are then those of temperature 1.
+    `temperature` 0 takes the likeliest token; logprobs are then those of temperature 1. At any other one `top_k` leaves
+    so many likeliest tokens, and `top_p` of those the likeliest that together have at least this probability.
     """
 
     temperature: float
     max_new_tokens: int
     seed: int
+    top_p: float = 1.0
+    top_k: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,10 @@ class Request:
 class Completion:
     """One completion: the sampled tokens, the end-of-sequence token kept, and nothing after it.
 
-    `logprobs` are natural logarithms under the distribution that was sampled from, temperature included; NaN where the
-    engine could not tell. `text` is what the tokens say, without special tokens: engines are many, and the driver, who
-    would otherwise decode for all of them, is one. `weight_version` counts the updates that the weights had seen.
+    `logprobs` are natural logarithms under the distribution that was sampled from, temperature and truncation included;
+    NaN where the engine could not tell. `text` is what the tokens say, without special tokens: engines are many, and
+    the driver, who would otherwise decode for all of them, is one. `weight_version` counts the updates that the weights
+    had seen.
 
     Example: Completion(
         token_ids=numpy.array([49, 50, 257], numpy.int32), logprobs=numpy.array([-0.3, -1.2, -0.01], numpy.float32),

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from slurmkit.generation.engine import Completion, FinishReason, Request
+from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams
 from slurmkit.generation.weights import Weights, check_manifest
 
 
@@ -130,6 +130,7 @@ class TorchEngine:
         temperature_B = torch.tensor([row.request.sampling.temperature for row in rows], device=logits_BV.device)
         greedy_B = temperature_B == 0
         logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
+        logprobs_BV = _truncated(logprobs_BV, [row.request.sampling for row in rows])
         uniform_B = torch.tensor([row.rng.random() for row in rows], dtype=torch.float64, device=logits_BV.device)
         # In float64: in float32 the sum over a large vocabulary misses 1 by more than a rare token's probability.
         cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
@@ -155,3 +156,21 @@ class TorchEngine:
         if row.token_ids and row.token_ids[-1] == self._eos_id:
             return "stop"
         return "length" if len(row.token_ids) >= row.budget else None
+
+
+def _truncated(logprobs_BV: torch.Tensor, sampling: Sequence[SamplingParams]) -> torch.Tensor:
+    """Of each row, the logprobs of what its sampling leaves: -inf for the other tokens, 1 in all for these."""
+    if all(each.temperature == 0 or (each.top_p == 1 and each.top_k is None) for each in sampling):
+        return logprobs_BV
+    vocabulary, device = logprobs_BV.shape[-1], logprobs_BV.device
+    kept_B1 = torch.tensor([[each.top_k or vocabulary] for each in sampling], device=device)
+    top_p_B1 = torch.tensor([[each.top_p] for each in sampling], device=device, dtype=torch.float64)
+    greedy_B1 = torch.tensor([[each.temperature == 0] for each in sampling], device=device)
+    ordered_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+    is_left_BV = torch.arange(vocabulary, device=device) < kept_B1
+    share_BV = torch.where(is_left_BV, ordered_BV.double().exp(), 0.0)
+    share_BV /= share_BV.sum(-1, keepdim=True)
+    # The token that passes top_p is the last to stay.
+    is_left_BV &= share_BV.cumsum(-1) - share_BV < top_p_B1
+    is_kept_BV = torch.zeros_like(is_left_BV).scatter(-1, order_BV, is_left_BV) | greedy_B1
+    return torch.log_softmax(logprobs_BV.masked_fill(~is_kept_BV, -torch.inf), dim=-1)

@@ -284,7 +284,14 @@ class Trainer:
             domain=self.domain,
             policy=self.pool,
             chat=self.chat,
-            sampling=Sampling(generation.temperature, limit, (self.config.grpo.seed, *key), first),
+            sampling=Sampling(
+                generation.temperature,
+                limit,
+                (self.config.grpo.seed, *key),
+                first,
+                generation.top_p,
+                generation.top_k,
+            ),
             environment_timeout_seconds=self.config.env.timeout_seconds,
         )
 

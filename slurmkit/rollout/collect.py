@@ -36,12 +36,17 @@ class Sampling:
     max_new_tokens: int
     seed: tuple[int, ...]
     first: int = 0
+    top_p: float = 1.0
+    top_k: int | None = None
 
     def of_episodes(self, count: int) -> list[SamplingParams]:
         """Of the round's episodes in order."""
         # A place's number does not depend on how many are drawn with it.
         seeds = numpy.random.SeedSequence(self.seed).generate_state(self.first + count, numpy.uint64)[self.first :]
-        return [SamplingParams(self.temperature, self.max_new_tokens, seed) for seed in seeds.tolist()]
+        return [
+            SamplingParams(self.temperature, self.max_new_tokens, seed, self.top_p, self.top_k)
+            for seed in seeds.tolist()
+        ]
 
 
 async def collect(

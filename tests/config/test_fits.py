@@ -130,7 +130,8 @@ def test_a_batch_that_does_not_divide_names_every_place_that_says_so(here: Path)
 
 
 def test_a_rule_inside_a_section_names_the_key_s_own_line(here: Path) -> None:
-    (line,) = refusal(here, "grpo.num_generations_per_prompt=1")
+    line, other = refusal(here, "grpo.num_generations_per_prompt=1")
+    assert other.startswith("policy.train_global_batch_size 16 must divide the 8 samples")
     assert line.endswith(" does without (command line: grpo.num_generations_per_prompt=1)")
 
 

@@ -97,6 +97,44 @@ def test_a_loss_that_does_not_fit_the_rest_is_refused(tmp_path: Path) -> None:
         tiny_config(tmp_path, loss_fn=in_reward, grpo={"adv_estimator": {"name": "maxrl"}})
 
 
+def test_sampling_that_leaves_tokens_out_is_refused_where_a_ratio_or_a_weight_would_be_wrong(tmp_path: Path) -> None:
+    def check(loss_fn: dict[str, Any], **generation: Any) -> None:
+        tiny_config(tmp_path, loss_fn=loss_fn, policy={"generation": generation})
+
+    with pytest.raises(ValidationError, match=r"generation.top_p 0.9 makes .* set loss_fn.force_on_policy_ratio"):
+        check({}, top_p=0.9)
+    with pytest.raises(ValidationError, match=r"generation.top_k 5 makes the sampled tokens likelier"):
+        check({}, top_k=5)
+    both = {"force_on_policy_ratio": True, "use_importance_sampling_correction": True}
+    with pytest.raises(ValidationError, match=r"top_p 0.9 never draws .*use_importance_sampling_correction true"):
+        check(both, top_p=0.9)
+    check({"force_on_policy_ratio": True}, top_p=0.9, top_k=5)
+    check(both, top_p=1.0)
+
+
+def test_what_is_wrong_in_one_section_does_not_hide_what_is_wrong_between_others(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError) as refused:
+        tiny_config(
+            tmp_path,
+            grpo={"max_num_steps": 0, "batch_multiplier": 2.0},
+            policy={"train_global_batch_size": 3},
+            loss_fn={"ratio_clip_min": -1.0, "use_cispo": True, "disable_ppo_ratio": True},
+        )
+    told = str(refused.value)
+    for part in ("max_num_steps", "batch_multiplier 2", "batch_size 3 must divide", "ratio_clip_min", "exclude each"):
+        assert part in told
+    assert len(refused.value.problems) == 5
+
+
+def test_a_rule_about_a_value_that_is_wrong_is_not_told_as_well(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError) as refused:
+        tiny_config(tmp_path, policy={"train_global_batch_size": "three"}, grpo={"batch_multiplier": []})
+    assert [problem.location[-1] for problem in refused.value.problems] == [
+        "batch_multiplier",
+        "train_global_batch_size",
+    ]
+
+
 def test_all_rules_of_a_section_that_are_broken_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as refused:
         tiny_config(tmp_path, grpo={"batch_multiplier": 2.0, "stop_at_validation_threshold": 1.0})

@@ -107,6 +107,35 @@ def test_tokens_are_drawn_as_often_as_the_model_says(engine: TorchEngine, refere
     assert (abs(drawn - expected) < 5 * deviation + 1e-3).all()
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.7, None), (1.0, 3), (0.8, 5), (1e-9, None), (0.99, 1000)])
+def test_only_what_truncation_leaves_is_drawn_with_the_logprobs_of_what_is_left(
+    engine: TorchEngine, reference: Any, top_p: float, top_k: int | None
+) -> None:
+    temperature = 0.3
+    asked = [Request(PROMPTS[0], SamplingParams(temperature, 1, seed, top_p, top_k)) for seed in range(400)]
+    # One that is not truncated, and one that is greedy, are as they were beside the others.
+    free = Request(PROMPTS[0], SamplingParams(temperature, 1, 7))
+    greedy = Request(PROMPTS[0], SamplingParams(0.0, 1, 7, top_p, top_k))
+    *drawn, beside, greedily = engine.generate([*asked, free, greedy])
+    with torch.inference_mode():
+        logits = reference(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()
+    truth = torch.softmax(logits / temperature, -1)
+    likeliest = truth.argsort(descending=True)[: top_k or len(truth)].tolist()
+    mass, left = sum(float(truth[token]) for token in likeliest), list[int]()
+    while not left or (sum(float(truth[token]) for token in left) < top_p * mass and len(left) < len(likeliest)):
+        left.append(likeliest[len(left)])
+    tokens_drawn = {int(each.token_ids[0]) for each in drawn}
+    assert tokens_drawn <= set(left)
+    assert len(tokens_drawn) >= min(len(left), 3)
+    kept = sum(float(truth[token]) for token in left)
+    for each in drawn:
+        assert each.logprobs[0] == pytest.approx(float(torch.log(truth[each.token_ids[0]] / kept)), abs=1e-5)
+    assert tokens([beside]) == tokens(engine.generate([free]))
+    assert beside.logprobs == engine.generate([free])[0].logprobs
+    assert tokens([greedily]) == [(int(logits.argmax()),)]
+    assert greedily.logprobs[0] == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
+
+
 def test_a_prompt_that_does_not_fit_is_a_finish_reason_and_the_others_are_answered(engine: TorchEngine) -> None:
     sampling = SamplingParams(1.0, 100, seed=1)
     long, edge, short = engine.generate(
