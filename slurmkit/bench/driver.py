@@ -238,7 +238,7 @@ async def _run(settings: Settings, folder: Path) -> None:
                 "saver": saver,
                 "log": log,
                 "plots": plots,
-                "gauge": Gauge(config, Description(Shape(parameters=1, layers=1, heads=1, head_size=1), "CPU")),
+                "gauge": Gauge(config, Description(Shape(parameters=1, layers=1, hidden_size=1), "CPU")),
                 "interrupts": Interrupts(),
                 "last_step": last_step,
                 "state": state,

@@ -88,22 +88,23 @@ def measure(settings: Settings) -> dict[str, Any]:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     peak_memory = _peak_memory(settings.device)
+    length = settings.seq_length // settings.sequences
+    flops_per_token = worker.describe().shape.flops([length]) / length
     distributed.destroy_process_group()
     tokens = settings.seq_length * settings.micro_batches
     tokens_per_second = tokens * (settings.steps - 1) / sum(seconds[1:])
     device = torch.cuda.get_device_name() if settings.device == "cuda" else "cpu"
     peak = peak_flops(device) or _matmul_flops(settings)
-    flops = shape.flops_per_token(settings.seq_length // settings.sequences)
     figures = {
         "tokens_per_second": tokens_per_second,
         "step_seconds": sum(seconds[1:]) / (settings.steps - 1),
         "micro_batch_seconds": sum(seconds[1:]) / (settings.steps - 1) / settings.micro_batches,
-        "mfu": tokens_per_second * flops / peak,
+        "mfu": tokens_per_second * flops_per_token / peak,
         "peak_memory_mib": peak_memory,
         "loaded_memory_mib": loaded,
         "peak_flops": peak,
         "peak_flops_from": "the data sheet" if peak_flops(device) else f"matmuls in {settings.precision}, measured",
-        "flops_per_token": flops,
+        "flops_per_token": flops_per_token,
         "device_name": device,
         "all_step_seconds": seconds,
     }

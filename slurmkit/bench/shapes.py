@@ -1,4 +1,4 @@
-"""Architectures by their numbers, and what a token of each costs: no download, and nothing heavy imported."""
+"""Architectures by their numbers: no download, and nothing heavy imported."""
 
 from __future__ import annotations
 
@@ -19,21 +19,6 @@ class Shape:
     head_dim: int
     intermediate_size: int
     tie_word_embeddings: bool
-
-    @property
-    def matmul_parameters(self) -> int:
-        """Parameters that a token is multiplied with: the output embedding counts, the input embedding does not."""
-        attention = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
-        per_layer = self.hidden_size * (attention + 3 * self.intermediate_size)
-        return self.num_hidden_layers * per_layer + self.vocab_size * self.hidden_size
-
-    def flops_per_token(self, length: int) -> int:
-        """Forward and backward of one token of a sequence of `length`, as prime-rl counts (trainer/perf.py).
-
-        6 for each matmul parameter, and 12 · layers · hidden size · length for attention, of which causal attention
-        needs half: not counted as less, and recomputed activations not as more.
-        """
-        return 6 * self.matmul_parameters + 12 * self.num_hidden_layers * self.hidden_size * length
 
 
 # vocab, hidden, layers, heads, key-value heads, head size, intermediate, tied

@@ -39,13 +39,12 @@ class Shape:
 
     parameters: int
     layers: int
-    heads: int
-    head_size: int
+    hidden_size: int
 
     def flops(self, lengths: Iterable[int]) -> float:
-        """Of a forward and a backward over whole sequences: (6 · parameters + 12 · layers · heads · head_size · T) · T
-        each (prime-rl, trainer/perf.py, which counts attention as if nothing were masked)."""
-        attention = 12 * self.layers * self.heads * self.head_size
+        """Of a forward and a backward over whole sequences: (6 · parameters + 12 · layers · hidden_size · T) · T each
+        (prime-rl, trainer/perf.py, which takes heads × their size for the hidden size, and nothing for masked)."""
+        attention = 12 * self.layers * self.hidden_size
         return float(sum((6 * self.parameters + attention * length) * length for length in lengths))
 
 
@@ -68,12 +67,10 @@ def shape_of(model: Any) -> Shape:
             of_experts = parameter.ndim == 3 and parameter.shape[0] == experts
             parameters += parameter.numel() * (config.num_experts_per_tok / experts if of_experts else 1)
     kinds = getattr(config, "layers_block_type", None)  # of models that are not all attention
-    heads = config.num_attention_heads
     return Shape(
         parameters=round(parameters),
         layers=config.num_hidden_layers if kinds is None else sum("attention" in kind for kind in kinds),
-        heads=heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden_size=config.hidden_size,
     )
 
 

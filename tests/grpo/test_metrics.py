@@ -102,9 +102,9 @@ def test_rates_follow_nemo_rls_definitions_and_mfu_prime_rls(tmp_path: Path) -> 
     updates: Any = [SimpleNamespace(ranks=(((SimpleNamespace(lengths=(30, 50))),), (SimpleNamespace(lengths=(1,)),)))]
     times = {"time:step": 8.0, "time:rollout": 2.0, "time:update": 4.0, "time:logprobs": 1.0}
     config = tiny_config(tmp_path, cluster={"num_nodes": 2, "gpus_per_node": 0})
-    shape = Shape(parameters=1000, layers=2, heads=4, head_size=8)
+    shape = Shape(parameters=1000, layers=2, hidden_size=32)
     found = Gauge(config, Description(shape, "NVIDIA H100 80GB HBM3")).read(groups, updates, times)
-    flops = sum(6 * 1000 * n + 12 * 2 * 4 * 8 * n * n for n in (30, 50, 1))
+    flops = sum(6 * 1000 * n + 12 * 2 * 32 * n * n for n in (30, 50, 1))
     assert found == pytest.approx(
         {
             "train:total_tokens": 100,
@@ -147,7 +147,7 @@ def test_parameters_count_where_a_token_is_multiplied_with_them(tmp_path: Path) 
     attention = 32 * 64 * 2 + 32 * 32 * 2
     for tied in (True, False):
         shape = shape_of(Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=tied)))
-        assert shape == Shape(3 * (attention + 3 * 32 * 48) + 100 * 32, layers=3, heads=4, head_size=16)
+        assert shape == Shape(3 * (attention + 3 * 32 * 48) + 100 * 32, layers=3, hidden_size=32)
     with torch.device("meta"):
         mixture = Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24)
         shape = shape_of(Qwen3MoeForCausalLM(mixture))
