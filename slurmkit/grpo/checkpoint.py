@@ -30,11 +30,16 @@ from slurmkit.errors import Failure, NodeFailure
 from slurmkit.grpo.metrics import say
 
 CONFIG_FILE = "config.json"
+_ENDS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Where a run stands after `step`. `position` counts tasks drawn, `updates` optimiser steps made."""
+    """Where a run stands after `step`. `position` counts tasks drawn, `updates` optimiser steps made.
+
+    `starting_digest` is of the model that is still needed beside the trained one (a reference, adapters' base), and ""
+    where none is.
+    """
 
     step: int
     position: int
@@ -42,6 +47,7 @@ class TrainerState:
     steps_without_signal: int
     tasks_digest: str
     metrics: Mapping[str, float]
+    starting_digest: str = ""
 
 
 class Checkpoints:
@@ -175,6 +181,19 @@ def digests_of(folder: Path, known: Mapping[str, str] = MappingProxyType({})) ->
         if path.is_file() and path.name != "manifest.json":
             digests[name] = known.get(name) or _digest(path)
     return digests
+
+
+def weights_digest(folder: Path) -> str:
+    """Of a model's weights, as their files begin and end: enough to tell trainings apart, and read in no time."""
+    digest = hashlib.sha256()
+    for path in sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
 from slurmkit.grpo.causal_lm import check_model
-from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
+from slurmkit.grpo.checkpoint import Checkpoints, TrainerState, weights_digest
 from slurmkit.grpo.cluster import ray_connection, start_actors, watch_ray
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.from_scratch import starting_model
@@ -69,16 +69,23 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     starting_path = None
     if found is None or config.needs_starting_model:
         starting_path = starting_model(config, domain, run_directory, going_on=found is not None)
+    starting_digest = weights_digest(starting_path) if starting_path and config.needs_starting_model else ""
     if found is None:
         assert starting_path is not None
         checkpoint, model_path = None, starting_path
-        state = TrainerState(0, 0, 0, 0, order.digest, {})
+        state = TrainerState(0, 0, 0, 0, order.digest, {}, starting_digest)
     else:
         checkpoint, state = found
         model_path = checkpoint / "model"
         say(f"going on after step {state.step}, from {checkpoint}")
         if state.tasks_digest != order.digest:
             raise UserError(f"{checkpoint} was trained on other tasks: give another checkpointing.checkpoint_dir")
+        if state.starting_digest and state.starting_digest != starting_digest:
+            raise UserError(
+                f"policy.model_name: {starting_path} holds other weights than those that {checkpoint} was trained "
+                "beside, as its reference or under its adapters: put them back, or give another "
+                "checkpointing.checkpoint_dir"
+            )
     order.position = state.position
     run_directory.mkdir(parents=True, exist_ok=True)
 
@@ -188,12 +195,12 @@ class Trainer:
                     saving = saving or (self.config.checkpointing.enabled and is_good_enough(metrics, self.config.grpo))
                 check_finite(step, metrics)
                 has_signal = metrics["train:groups_with_signal"] > 0
-                self.state = TrainerState(
+                self.state = replace(
+                    self.state,
                     step=step,
                     position=self.order.position,
                     updates=self.state.updates + len(updates),
                     steps_without_signal=0 if has_signal else self.state.steps_without_signal + 1,
-                    tasks_digest=self.state.tasks_digest,
                     metrics=metrics,
                 )
                 if saving:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from driver import EVERY_STEP, TINY, run, without_times
 from models import make_model, tiny_llama
 from peft import PeftModel
 from ranks import ROUNDS, Work, assert_alike, run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -130,3 +132,34 @@ def test_the_frozen_model_is_held_in_the_type_that_is_computed_with(model_path: 
     embeddings = found["weights"]["model.embed_tokens.weight"]
     assert embeddings.dtype == torch.float32
     assert embeddings.equal(before["model.embed_tokens.weight"].bfloat16().float())
+
+
+def test_a_run_with_adapters_and_a_reference_goes_on_exactly_and_only_from_the_same_starting_model(
+    tmp_path: Path,
+) -> None:
+    options = (
+        "+policy.dtensor_cfg.lora_cfg={enabled: true, dim: 4, alpha: 16}",
+        "+loss_fn.reference_policy_kl_penalty=0.05",
+        "grpo.max_num_steps=4",
+        "checkpointing.save_period=2",
+        *EVERY_STEP,
+    )
+    whole = run(tmp_path / "whole", TINY, *options)
+    assert whole.code == 0, whole.errors
+    assert any(value > 0 for value in whole.values("train:kl_penalty"))
+    weights = [load_file(whole.folder / name / "model.safetensors") for name in ("model", "step_2/model")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    shutil.copytree(whole.folder, tmp_path / "cut", symlinks=True)
+    shutil.rmtree(tmp_path / "cut" / "step_4")
+    cut = run(tmp_path / "cut", TINY, *options)
+    assert cut.code == 0, cut.errors
+    assert "going on after step 2" in cut.output
+    assert without_times(cut.folder) == without_times(whole.folder)
+
+    shutil.rmtree(tmp_path / "cut" / "step_4")
+    moved = {name: tensor + 1e-3 for name, tensor in weights[0].items()}
+    save_file(moved, tmp_path / "cut" / "model" / "model.safetensors", {"format": "pt"})
+    other = run(tmp_path / "cut", TINY, *options)
+    assert other.code == 2
+    assert "cut/model holds other weights than those that" in other.errors
+    assert "step_2 was trained beside" in other.errors
