@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy
 from numpy.typing import NDArray
@@ -43,18 +43,20 @@ class Sample:
     reference_logprobs: NDArray[numpy.float32] | None = None
     """The reference model's, where the loss or the reward asks for them."""
 
+    num_trained_tokens: int = field(init=False)
+    """Tokens that the loss counts."""
+
     def __post_init__(self) -> None:
-        arrays = (self.token_ids, self.loss_mask, self.logprobs, self.advantage)
-        scored = (self.prev_logprobs, self.reference_logprobs)
-        lengths = [len(array) for array in (*arrays, *scored) if array is not None]
-        if len(set(lengths)) != 1:
-            named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        # Made twice for every episode of a step, so each check is a plain comparison.
+        length, prev, reference = len(self.token_ids), self.prev_logprobs, self.reference_logprobs
+        if (
+            not length == len(self.loss_mask) == len(self.logprobs) == len(self.advantage)
+            or (prev is not None and len(prev) != length)
+            or (reference is not None and len(reference) != length)
+        ):
+            named = ((each.name, getattr(self, each.name)) for each in fields(self) if each.init)
             found = {name: len(value) for name, value in named if isinstance(value, numpy.ndarray)}
             raise ValueError(f"a sample's arrays must be equally long, found {found}")
-        if self.loss_mask[:1].any():
+        if length and self.loss_mask[0]:
             raise ValueError("a sample's first token follows from nothing, so it cannot be trained on")
-
-    @property
-    def num_trained_tokens(self) -> int:
-        """Tokens that the loss counts."""
-        return int(numpy.count_nonzero(self.loss_mask))
+        object.__setattr__(self, "num_trained_tokens", int(numpy.count_nonzero(self.loss_mask)))
