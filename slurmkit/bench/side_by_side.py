@@ -46,7 +46,7 @@ _SUPERVISED = {
     "0.4M": {"num_hidden_layers": 2, "supervised_steps": 400, "supervised_batch_size": 32, "supervised_lr": 3e-3},
     "20M": {"num_hidden_layers": 6, "supervised_steps": 60, "supervised_batch_size": 16, "supervised_lr": 1e-3},
 }
-# Small enough that lengths stay what they are: a batch of long completions has more tokens per second than one of short.
+# So small that lengths stay what they are: a batch of long completions has more tokens per second than one of short.
 _LEARNING_RATES = {"tiny": 1e-3, "0.4M": 2e-4, "20M": 2e-5}
 
 
