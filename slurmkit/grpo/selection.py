@@ -23,6 +23,10 @@ from slurmkit.rollout.sample import Sample
 _NAMED = 3
 
 
+class NothingToLearn(Failure):
+    """The tasks, or their environment, teach nothing more. The policy is as its last finished step left it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """All groups that a step generated, in order, and those of them that it trains on.
@@ -77,7 +81,7 @@ async def select(play: Callable[[int, int], Awaitable[list[Group]]], grpo: Grpo)
 
     `play(count, before)` plays `count` further tasks, `before` tasks of the step having been played. Whole groups are
     kept or dropped, on the reward before it is shaped. What is too much is discarded, so that a run's place in its data
-    remains one number. Failure where the environment broke too often, or where as many batches as
+    remains one number. NothingToLearn where the environment broke too often, or where as many batches as
     dynamic_sampling_max_gen_batches were not enough.
     """
     wanted, generated, kept = grpo.num_prompts_per_step, list[Group](), list[Group]()
@@ -95,7 +99,7 @@ async def select(play: Callable[[int, int], Awaitable[list[Group]]], grpo: Grpo)
         if len(kept) >= wanted:
             return Selection(generated, kept[:wanted], dropped, number, len(kept) - wanted)
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
-    raise Failure(
+    raise NothingToLearn(
         f"{len(kept)} of {len(generated)} groups carry signal after {most} batches "
         f"(grpo.dynamic_sampling_max_gen_batches), and a step needs {wanted} (grpo.num_prompts_per_step); dropped: "
         f"{reasons}. Try tasks of which the model can do some, more generations per prompt, more batches, or fewer "
@@ -137,7 +141,7 @@ def _is_too_long(episode: Episode) -> bool:
 def _check_broken(groups: Sequence[Group], most: float) -> None:
     broken, count = [text for group in groups for text in group.broken], _count(groups)
     if len(broken) > most * count:
-        raise Failure(
+        raise NothingToLearn(
             f"the environment broke in {len(broken)} of {count} episodes, which is more than grpo.max_broken_fraction "
             f"{most:g}; first in {broken[0]}"
         )

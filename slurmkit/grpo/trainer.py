@@ -32,7 +32,7 @@ from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.resume import starting_point
 from slurmkit.grpo.rewards import shaped_group
 from slurmkit.grpo.saving import Saver
-from slurmkit.grpo.selection import Selection, select, without_truncated
+from slurmkit.grpo.selection import NothingToLearn, Selection, select, without_truncated
 from slurmkit.grpo.throughput import Gauge
 from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
@@ -148,6 +148,10 @@ class Trainer:
             await self.leave()
         except NodeFailure:
             raise
+        except NothingToLearn:
+            if await self.save_finished():
+                say(f"everything up to step {self.state.step} is saved")
+            raise
         except Failure:
             # A full disk fails whoever writes next, and the save is what filled it: its failure says more.
             await self.saver.settle()
@@ -216,18 +220,25 @@ class Trainer:
             self.check_signal()
 
     async def leave(self) -> NoReturn:
-        """Save the last finished step unless it is saved already, then raise Interrupted that says so."""
-        folder, step = await self.saver.settle(), self.state.step
+        """Save the last finished step, then raise Interrupted that says so."""
+        is_saved, step = await self.save_finished(), self.state.step
         if not step:
             raise Interrupted
+        if not is_saved:
+            raise Interrupted(f"interrupted after step {step}: nothing is saved, as checkpointing.enabled is false")
+        raise Interrupted(f"interrupted after step {step}: everything is saved in step_{step}")
+
+    async def save_finished(self) -> bool:
+        """Save the last finished step unless it is saved already. Whether there is a step, and saving is enabled."""
+        folder, step = await self.saver.settle(), self.state.step
+        if not step or not self.config.checkpointing.enabled:
+            return False
         if folder is None or folder.name != f"step_{step}":
-            if not self.config.checkpointing.enabled:
-                raise Interrupted(f"interrupted after step {step}: nothing is saved, as checkpointing.enabled is false")
             self.log.flush()
             await self.saver.copy(self.state)
             self.saver.logged()
             await self.saver.settle()
-        raise Interrupted(f"interrupted after step {step}: everything is saved in step_{step}")
+        return True
 
     async def rollout(self, step: int) -> Selection:
         """The step's groups: further tasks, each played by a group of episodes."""
@@ -343,7 +354,7 @@ class Trainer:
             return
         say(f"step {self.state.step}: no group carries signal (in each, all rewards are equal)")
         if limit is not None and without >= limit:
-            raise Failure(
+            raise NothingToLearn(
                 f"no group carried signal in {without} steps in a row (grpo.max_steps_without_signal): the model is "
                 "never, or always, right. Try easier tasks, a model that can do some of them, more generations per "
                 "prompt, or set it to null to go on regardless"

@@ -104,6 +104,8 @@ def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Pa
     assert "step 1: no group carries signal" in done.output
     assert [line["train:dropped_groups/none_correct"] for line in done.lines[1:]] == [4, 4]
     assert not done.values("train:loss")
+    assert "everything up to step 2 is saved" in done.output
+    assert (tmp_path / "latest").resolve().name == "step_2"
 
 
 @pytest.mark.parametrize("actor", ["policy rank 0", "engine 0"])
