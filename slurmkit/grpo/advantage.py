@@ -47,11 +47,13 @@ def group_advantages(rewards: Sequence[float], *, normalize: bool, leave_one_out
     """
     if not _spread(rewards):
         return [0.0] * len(rewards)
-    if leave_one_out:
-        compared = [_mean_and_scale([*rewards[:n], *rewards[n + 1 :]], normalize) for n in range(len(rewards))]
-    else:
-        compared = [_mean_and_scale(rewards, normalize)] * len(rewards)
-    return [(reward - mean) / scale for reward, (mean, scale) in zip(rewards, compared, strict=True)]
+    advantage_of: dict[float, float] = {}
+    for index, reward in enumerate(rewards):
+        if reward not in advantage_of:  # equal ones are compared with the same others
+            compared = [*rewards[:index], *rewards[index + 1 :]] if leave_one_out else rewards
+            mean, scale = _mean_and_scale(compared, normalize)
+            advantage_of[reward] = (reward - mean) / scale
+    return [advantage_of[reward] for reward in rewards]
 
 
 def _mean_and_scale(rewards: Sequence[float], normalize: bool) -> tuple[float, float]:

@@ -35,10 +35,12 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
         return []
     # All of them end to end, and cut at the end: a few calls of numpy for the step, in place of a few for each.
     pieces, known, lengths = list[NDArray[numpy.int32]](), list[NDArray[numpy.float32]](), list[int]()
+    prompts = {prompt: numpy.array(prompt, numpy.int32) for prompt in {each.prompt_ids for _, _, each in places}}
+    nothing = numpy.full(max(map(len, prompts)), nan, numpy.float32)
     for _, _, episode in places:
-        prompt = numpy.array(episode.prompt_ids, numpy.int32)
+        prompt = prompts[episode.prompt_ids]
         pieces += prompt, episode.completion.token_ids
-        known += numpy.full(len(prompt), nan, numpy.float32), episode.completion.logprobs
+        known += nothing[: len(prompt)], episode.completion.logprobs
         lengths.append(len(prompt) + len(episode.completion.token_ids))
     ends = list(itertools.accumulate(lengths))
     token_ids, logprobs = numpy.concatenate(pieces, dtype=numpy.int32), numpy.concatenate(known, dtype=numpy.float32)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
-from typing import Protocol, TypeVar
+from types import coroutine
+from typing import Any, Protocol, TypeVar, cast
 
 from slurmkit.envs.environment import Environment, Message, Score, Task
 from slurmkit.generation.engine import Completion, SamplingParams
@@ -77,11 +79,33 @@ async def _judged(environment: Environment, reply: Message) -> Score:
     return score
 
 
-async def _asked(answer: Awaitable[Answer], task: Task, environment: Environment, timeout_seconds: float) -> Answer:
+async def _asked(
+    answer: Coroutine[Any, Any, Answer], task: Task, environment: Environment, timeout_seconds: float
+) -> Answer:
     """What the environment answers, in time."""
     try:
+        try:
+            waits_for = answer.send(None)
+        except StopIteration as done:  # at once, as most do: a deadline would cost the driver more than the answer
+            return cast(Answer, done.value)
         async with asyncio.timeout(timeout_seconds):
-            return await answer
+            return await _rest(answer, waits_for)
     except Exception as error:
         what = f"{type(environment).__qualname__}: {type(error).__name__}: {error}"
         raise BrokenEnvironment(f"task {task.name}: {what}") from error
+
+
+@coroutine
+def _rest(answer: Coroutine[Any, Any, Answer], waits_for: Any) -> Generator[Any, Any, Answer]:
+    """A coroutine from its first wait on."""
+    while True:
+        try:
+            sent = yield waits_for
+        except BaseException as error:
+            resume = partial(answer.throw, error)
+        else:
+            resume = partial(answer.send, sent)
+        try:
+            waits_for = resume()
+        except StopIteration as done:
+            return cast(Answer, done.value)

@@ -15,7 +15,7 @@ from slurmkit.envs.environment import Environment, Score, Task
 from slurmkit.errors import UserError
 from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat
-from slurmkit.rollout.collect import Sampling, collect, refuse_prompts_that_never_fit
+from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
 
 TASKS = [Task("short", "1+1=", "2"), Task("long", "1" * 100, "2")]
 
@@ -65,6 +65,51 @@ def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(
     )
     assert [message.role for message in groups[0].episodes[0].messages] == ["user", "assistant"]
     assert groups[0].episodes[0].messages[1].content == "a reply"
+
+
+def test_an_environment_may_wait_again_and_again_and_is_ended_where_it_waits_too_long(chat: Chat) -> None:
+    seen: list[str] = []
+
+    class Waiting(Arithmetic):
+        def environment(self) -> Environment:  # type: ignore[override]
+            environment, score, number = super().environment(), Score(1.0, True), len(seen)
+
+            async def judge() -> Score:
+                seen.append("begun")
+                try:
+                    for _ in range(3):
+                        await asyncio.sleep(0.01)
+                    try:
+                        await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+                    except TimeoutError:
+                        seen[number] = "its own deadline passed"
+                    if number == 1:
+                        await asyncio.sleep(60)
+                    return score
+                except asyncio.CancelledError:
+                    seen[number] = "told to end"
+                    raise
+
+            environment.score = judge  # type: ignore[method-assign]
+            return environment
+
+    def play() -> Group:
+        (group,) = asyncio.run(
+            collect(
+                TASKS[:1],
+                episodes_per_task=1,
+                domain=Waiting(ArithmeticEnv(), seed=1),
+                policy=Engine(),
+                chat=chat,
+                sampling=Sampling(1.0, 5, (1,)),
+                environment_timeout_seconds=0.5,
+            )
+        )
+        return group
+
+    assert [episode.score.reward for episode in play().episodes] == [1.0]
+    assert play().broken == ("task short: _Episode: TimeoutError: ",)
+    assert seen == ["its own deadline passed", "told to end"]
 
 
 def test_a_later_round_of_a_step_draws_numbers_of_its_own() -> None:
