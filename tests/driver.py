@@ -85,7 +85,8 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 def last_logged(folder: Path) -> int:
     """The last step of which metrics.jsonl has a line; -1 before the first."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    # A line that is just being written may be seen in part.
+    lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
     return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
