@@ -3,7 +3,7 @@
 What is alike: the folder of the model, the order of the tasks (not shuffled), completions per step, the limit on their
 length, temperature 1 without top-p or top-k, float32, AdamW and its settings, the norm gradients are clipped to, the
 ratio clip, one update per step, token-level loss (DAPO's), advantages by the group's standard deviation, no KL, no
-reference model, as many sequences in a micro-batch on average, cores and threads. Activation checkpointing is off on
+reference model, as many full-length sequences in a micro-batch, cores and threads. Activation checkpointing is off on
 both sides; nothing is logged elsewhere, saved or validated.
 
 What is not: slurmkit is its whole path (`slurmkit run`: the driver, Ray, FSDP2 on one rank, an engine in a process of
@@ -52,7 +52,7 @@ _LEARNING_RATES = {"tiny": 1e-3, "0.4M": 2e-4, "20M": 2e-5}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is compared. `micro_batch` counts sequences, `mean_dots` is about the mean completion."""
+    """What is compared. `micro_batch` counts sequences of full length, `mean_dots` is about the mean completion."""
 
     models: Sequence[str] = ("0.4M", "20M")
     seeds: Sequence[int] = (1, 2, 3)
@@ -147,8 +147,6 @@ def _starting_model(name: str, settings: Settings, cache: Path, say: Callable[[s
 
 def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path) -> dict[str, Any]:
     completions = settings.prompts * settings.generations
-    longest = _PROMPT_TOKENS + settings.max_new_tokens
-    mean = _PROMPT_TOKENS + settings.mean_dots + 2  # with the digit and the end
     tasks = {"data_path": str(start / "tasks.jsonl")}
     config = {
         "env": {"name": "math"},
@@ -166,8 +164,8 @@ def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path)
         "policy": {
             "model_name": str(start / "model"),
             "train_global_batch_size": completions,
-            "max_total_sequence_length": longest,
-            "sequence_packing": {"train_mb_tokens": max(longest, round(settings.micro_batch * mean))},
+            "train_micro_batch_size": settings.micro_batch,
+            "max_total_sequence_length": _PROMPT_TOKENS + settings.max_new_tokens,
             "precision": "float32",
             "optimizer": {"kwargs": {"lr": _LEARNING_RATES[name], **_OPTIMIZER}},
             "generation": {"max_new_tokens": settings.max_new_tokens, "max_batch_size": completions},
