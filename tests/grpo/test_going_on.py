@@ -114,7 +114,7 @@ def test_a_run_that_was_killed_again_and_again_has_the_numbers_of_one_that_was_n
     attempts.die(driver, alone=True, within=0.0)
 
     # In a rollout, rudely.
-    driver = attempts.start(after_step=6)
+    driver = attempts.start(after_step=7)
     attempts.until("ray::TorchEngine.generate", driver)
     attempts.die(driver, alone=False)
 
