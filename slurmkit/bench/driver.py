@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,12 +118,14 @@ class _Rank:
                 sums = LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0)
                 return StepResult(sums, grad_norm=0.0, lr=0.0, seconds={}, peak_memory_gib=0.0)
             case "put_weights":
-                return [None]
+                return [None, None]
             case "load":
                 return None
-            case "generate":
-                requests: Sequence[Request] = arguments[0]
-                return [self._rng.choice(self._ready) for _ in requests]
+            case "submit":
+                self._submitted: Mapping[int, Request] = arguments[0]
+                return None
+            case "collect":
+                return {ticket: self._rng.choice(self._ready) for ticket in self._submitted}
         raise AssertionError(f"the driver calls {method}, which is no part of a step here")
 
 

@@ -37,8 +37,11 @@ class Actor:
         except ray.exceptions.RayTaskError as error:  # first, as it is also of the kind that was raised
             cause = error.cause if isinstance(error.cause, BaseException) else error
             is_ray = isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError)
-            kind = NodeFailure if is_ray else Failure
-            raise kind(f"{self.name} failed in {method}(): {type(cause).__name__}: {str(cause).strip()}") from error
+            kind = NodeFailure if is_ray or isinstance(cause, NodeFailure) else Failure
+            what = str(cause).strip()
+            if not isinstance(cause, Failure):
+                what = f"{type(cause).__name__}: {what}"
+            raise kind(f"{self.name} failed in {method}(): {what}") from error
         except TimeoutError:
             raise NodeFailure(
                 f"{self.name} did not finish {method}() within {self.timeout_seconds:g} s "

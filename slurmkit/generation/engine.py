@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy
 from numpy.typing import NDArray
 
-from slurmkit.generation.weights import Weights
+from slurmkit.generation.weights import SharedWeights, Weights
 
 FinishReason = Literal["stop", "length", "prompt_too_long"]
 
@@ -63,10 +63,14 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Text generation on one node."""
+    """Text generation on one node. The methods of an engine may be coroutines."""
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in the same order. A prompt that does not fit is a finish reason."""
+    def submit(self, requests: Mapping[int, Request]) -> None:
+        """Take requests, each under a ticket that no other has. A prompt that does not fit is a finish reason."""
 
-    def load(self, weights: Weights) -> None:
-        """Take over new weights. ValueError where they are not this model's; then nothing has changed."""
+    def collect(self) -> Mapping[int, Completion]:
+        """What has been finished since the last time, by ticket; waits until something is."""
+
+    def load(self, weights: Weights | SharedWeights) -> None:
+        """Take over new weights, while nothing is under way. ValueError where they are not this model's; then nothing
+        has changed."""

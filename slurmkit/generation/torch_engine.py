@@ -8,7 +8,7 @@ Shapes: B rows still sampling, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams
-from slurmkit.generation.weights import Weights, check_manifest
+from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest, digest
 
 
 @dataclass(slots=True)
@@ -60,15 +60,26 @@ class TorchEngine:
         self._max_batch_size = max_batch_size
         self._device = device
         self._version = weight_version
+        self._submitted: dict[int, Request] = {}
 
-    def load(self, weights: Weights) -> None:
-        state = self._model.state_dict()
+    def submit(self, requests: Mapping[int, Request]) -> None:
+        self._submitted |= requests
+
+    def collect(self) -> dict[int, Completion]:
+        submitted, self._submitted = self._submitted, {}
+        return dict(zip(submitted, self.generate(list(submitted.values())), strict=True))
+
+    def load(self, weights: Weights | SharedWeights) -> None:
+        state, weights = self._model.state_dict(), weights.opened()
         check_manifest(state, weights.tensors)
+        if weights.digest is not None:
+            check_digest(weights, digest(weights.tensors))
         for name, tensor in weights.tensors.items():
             state[name].copy_(tensor)
         self._version = weights.version
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in the same order."""
         completions: list[Completion | None] = [None] * len(requests)
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from slurmkit.generation.shared_tensors import Entry, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +17,29 @@ class Weights:
 
     version: int
     tensors: Mapping[str, torch.Tensor]
+    digest: str | None = None
+    """What `digest` said of the tensors where they were made, if whoever receives them is to compare."""
+
+    def opened(self) -> Weights:
+        """Itself; see `SharedWeights`."""
+        return self
 
 
-def check_manifest(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch.Tensor]) -> None:
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """Weights that lie in another process of this machine, until that writes the next ones."""
+
+    version: int
+    path: str
+    table: Sequence[Entry]
+    digest: str | None = None
+
+    def opened(self) -> Weights:
+        """Their tensors, where they lie."""
+        return Weights(self.version, dict(read(self.path, self.table)), self.digest)
+
+
+def check_manifest(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch.Tensor | Entry]) -> None:
     """Compare names and shapes of what an engine holds with what it is offered. ValueError lists the differences."""
     problems = [f"{name} is missing" for name in held.keys() - offered.keys()]
     problems += [f"{name} is not in the engine's model" for name in offered.keys() - held.keys()]
@@ -28,3 +51,21 @@ def check_manifest(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch
     if problems:
         shown = "; ".join(sorted(problems)[:5])
         raise ValueError(f"the policy's weights do not fit the engine ({len(problems)} differences): {shown}")
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and bytes, in the order of the names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def check_digest(weights: Weights | SharedWeights, arrived: str) -> None:
+    """ValueError where what arrived is not what was sent."""
+    if weights.digest is not None and weights.digest != arrived:
+        raise ValueError(
+            f"the weights of version {weights.version} changed on the way: SHA-256 {weights.digest} was sent, "
+            f"{arrived} arrived"
+        )

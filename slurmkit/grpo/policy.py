@@ -76,10 +76,12 @@ class Policy:
         description: Description = await self._ranks[0].call("describe")
         return description
 
-    async def put_weights(self) -> Any:
-        """A Ray reference to the whole model's `Weights`, for engines to fetch; the driver never holds them."""
-        references = await together(*(rank.call("put_weights") for rank in self._ranks))
-        return references[0][0]
+    async def put_weights(self) -> list[Any]:
+        """For the engine beside each rank, a Ray reference to the whole model; the driver never holds it."""
+        is_here = [address == self._addresses[0] for address in self._addresses]
+        references = await together(*(rank.call("put_weights", not all(is_here)) for rank in self._ranks))
+        here, elsewhere = references[0]
+        return [here if beside else elsewhere for beside in is_here]
 
     async def save(self, folder: Path) -> None:
         """Copy model, adapters and optimiser, and begin to write them under `folder`, which rank 0's node must see."""

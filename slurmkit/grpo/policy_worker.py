@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial, reduce
 from operator import add
@@ -29,12 +29,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_leaves
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.generation.weights import Weights
+from slurmkit.generation.network import use_interface_of
+from slurmkit.generation.shared_tensors import SharedTensors
+from slurmkit.generation.weights import SharedWeights, Weights, digest
 from slurmkit.grpo.batch import MicroBatch
 from slurmkit.grpo.causal_lm import add_adapters, blank_model, whole_model
 from slurmkit.grpo.loss import policy_loss
 from slurmkit.grpo.loss_sums import LossSums
-from slurmkit.grpo.network import use_interface_of
 from slurmkit.grpo.optimizer import LearningRate, clip_gradients, make_optimizer
 from slurmkit.grpo.policy_model import PolicyModel
 from slurmkit.grpo.sharding import make_meshes, shard, sum_over_tensor_ranks
@@ -75,6 +76,8 @@ class PolicyWorker:
         self._timeout = timedelta(seconds=config.cluster.call_timeout_seconds)
         self._version = 0
         self._writer = Writer()
+        self._shared = SharedTensors()
+        self._has_told_digest = False
 
     def open_store(self, address: str) -> int:
         """On rank 0: listen at `address` for the other ranks; the port, which the system chooses."""
@@ -235,10 +238,29 @@ class PolicyWorker:
     def _merged(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return state if self._adapters is None else self._adapters.merged(state)
 
-    def put_weights(self) -> list[Any]:
-        """Gather into Ray's object store, once for all engines. A list, as Ray would fetch a bare reference."""
+    def put_weights(self, elsewhere: bool) -> list[Any]:
+        """Gather the whole model, in the engines' precision: on rank 0, references to it, for engines on its node and,
+        if there are any, `elsewhere`.
+
+        Here it lies in shared memory, until the next call; for other nodes Ray's object store has a copy. A list, as
+        Ray would fetch a bare reference.
+        """
+        shared = self.share_weights()
+        if shared is None:
+            return []
+        return [ray.put(shared), ray.put(shared.opened()) if elsewhere else None]
+
+    def share_weights(self) -> SharedWeights | None:
+        """What `put_weights` does on rank 0's node; None on other ranks."""
         weights = self.gather_weights()
-        return [] if weights is None else [ray.put(weights)]
+        if weights is None:
+            return None
+        table = self._shared.write(weights.tensors, getattr(torch, self._config.policy.precision))
+        shared = SharedWeights(weights.version, self._shared.path, table)
+        if self._has_told_digest:
+            return shared
+        self._has_told_digest = True  # once is enough to know that nothing changes on the way
+        return replace(shared, digest=digest(shared.opened().tensors))
 
     def save(self, folder: str) -> None:
         """Copy the whole state to rank 0's memory, whose thread then writes `model/`, `adapter/` if there are any and

@@ -97,7 +97,7 @@ def test_a_run_that_was_killed_again_and_again_has_the_numbers_of_one_that_was_n
 
     # In order, in a rollout, by a signal to the whole process group.
     driver = attempts.start(after_step=4)
-    attempts.until("ray::TorchEngine.generate", driver)
+    attempts.until("ray::TorchEngine.collect", driver)
     os.killpg(driver.pid, signal.SIGUSR2)
     left = ended(driver, folder)
     finished = last_logged(folder)
@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_again_and_again_has_the_numbers_of_one_that_was_n
 
     # In a rollout, rudely.
     driver = attempts.start(after_step=7)
-    attempts.until("ray::TorchEngine.generate", driver)
+    attempts.until("ray::TorchEngine.collect", driver)
     attempts.die(driver, alone=False)
 
     last = run(folder, TINY, *WANDB)

@@ -1,0 +1,69 @@
+"""Tensors that one process lays into memory for others of its machine.
+
+The memory has no name in /dev/shm: it is gone with the last process that has it, however that ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+_ALIGNMENT = 64
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies. Example: Entry("model.norm.weight", "float32", (128,), 4096)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start."""
+
+
+class SharedTensors:
+    """The side that writes. Later tensors take the place of earlier ones, in the same memory where that is enough."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("slurmkit-weights")
+        self._memory: mmap.mmap | None = None
+
+    @property
+    def path(self) -> str:
+        """What another process of this user, on this machine, opens while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._file}"
+
+    def write(self, tensors: Mapping[str, torch.Tensor], precision: torch.dtype | None = None) -> list[Entry]:
+        """Copy the tensors, those of real numbers in `precision` where it is given, and tell where each lies."""
+        table, size = [], 0
+        for name, tensor in tensors.items():
+            dtype = precision if precision is not None and tensor.is_floating_point() else tensor.dtype
+            table.append(Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), size))
+            size += -(-tensor.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if self._memory is None or len(self._memory) < size:
+            os.ftruncate(self._file, size)
+            self._memory = mmap.mmap(self._file, size)
+        for entry in table:
+            _view(self._memory, entry).copy_(tensors[entry.name])
+        return table
+
+
+def read(path: str, table: Sequence[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors, which lie in the shared memory itself: they are what the other side writes next."""
+    file = os.open(path, os.O_RDWR)
+    try:
+        memory = mmap.mmap(file, 0)
+    finally:
+        os.close(file)
+    for entry in table:
+        yield entry.name, _view(memory, entry)
+
+
+def _view(memory: mmap.mmap, entry: Entry) -> torch.Tensor:
+    count = torch.Size(entry.shape).numel()
+    dtype = getattr(torch, entry.dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
