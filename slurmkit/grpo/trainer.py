@@ -94,10 +94,12 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
     for name, tasks in (("training", domain.train_tasks), ("validation", domain.validation_tasks)):
         await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
-        stack.enter_context(ray_connection())
-        policy, engines = start_actors(config, model_path, state.updates)
+        temporary = stack.enter_context(ray_connection())
+        policy, engines = start_actors(config, model_path, state.updates, temporary)
         interrupts.attend()
-        pool = await stack.enter_async_context(EnginePool(engines, config.policy.generation.max_batch_size))
+        generation = config.policy.generation
+        sharing = EnginePool(engines, generation.max_batch_size, continuous=generation.backend == "vllm")
+        pool = await stack.enter_async_context(sharing)
         starting = policy.start(model_path, starting_path, checkpoint, state.updates)
         await guarded(interrupts.unless(starting), watch_ray())
         is_own = checkpoint is not None and checkpoint.parent == run_directory

@@ -132,7 +132,11 @@ FLAGS = [
     ("--config example.yaml policy.generation.max_new_tokens=99", "leaves no room for a prompt within"),
     (
         "--config example.yaml policy.generation.backend=sglang",
-        "policy.generation.backend: should be 'torch', not 'sglang'",
+        "policy.generation.backend: should be 'torch' or 'vllm', not 'sglang'",
+    ),
+    (
+        "--config example.yaml policy.generation.vllm_cfg.vllm_kwargs.max_num_seqs=4",
+        "slurmkit sets max_num_seqs (use policy.generation.max_batch_size)",
     ),
     (
         "--config example.yaml policy.generation.temperature=0",

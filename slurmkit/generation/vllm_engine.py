@@ -1,0 +1,212 @@
+"""The engine for real models: vLLM's AsyncLLM, which runs in processes of its own beside this one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from slurmkit.config.model import VllmCfg
+from slurmkit.errors import NodeFailure
+from slurmkit.generation import vllm_worker
+from slurmkit.generation.engine import Completion, FinishReason, Request
+from slurmkit.generation.nameless import remove_names
+from slurmkit.generation.network import use_interface_of
+from slurmkit.generation.shared_tensors import SharedTensors
+from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest
+
+_CPU_KV_CACHE_BYTES = 256 << 20
+
+
+class VllmEngine:
+    """An `Engine` whose calls overlap: requests may be submitted while others are under way."""
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        precision: str,
+        max_total_length: int,
+        max_batch_size: int,
+        weight_version: int = 0,
+        threads: int | None = None,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+        address: str = "127.0.0.1",
+        temporary: str | None = None,
+        settings: VllmCfg | None = None,
+    ) -> None:
+        """Start vLLM with the model of a folder. `max_total_length` counts prompt and completion, in tokens.
+
+        `address` is the node's own, `temporary` a folder that somebody removes. ValueError where vLLM cannot run the
+        model on this device.
+        """
+        settings = settings or VllmCfg()
+        _prepare(device, threads, address, temporary)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        if device == "cpu":
+            _check_head_size(config)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = device == "cpu"
+        self._llm: Any = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                **{
+                    "model": model_path,
+                    "skip_tokenizer_init": True,
+                    "trust_remote_code": trust_remote_code,
+                    "dtype": precision,
+                    "max_model_len": max_total_length,
+                    "max_num_seqs": max_batch_size,
+                    "logprobs_mode": "processed_logprobs",
+                    # Nothing that the model's folder says of sampling changes what is asked for.
+                    "generation_config": "vllm",
+                    "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
+                    "distributed_executor_backend": "mp",
+                    "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+                    "kv_cache_memory_bytes": settings.kv_cache_memory_bytes
+                    or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+                    "gpu_memory_utilization": settings.gpu_memory_utilization,
+                    "use_tqdm_on_load": False,
+                    "disable_log_stats": True,
+                    # After a part of a prompt, vLLM takes back what the request's own random numbers have gone on by,
+                    # which only those of a GPU can: on a CPU it would die of it.
+                    "enable_chunked_prefill": False if on_cpu else None,
+                    **settings.vllm_kwargs,
+                }
+            )
+        )
+        remove_names()
+        self._sampling_params = SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        self._eos_id = int(self._tokenizer.eos_token_id)
+        with torch.device("meta"):
+            blank = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        self._manifest = blank.state_dict()
+        self._max_total_length = max_total_length
+        self._version = weight_version
+        self._shared = SharedTensors()
+        self._finished: dict[int, Completion] = {}
+        self._failure: Exception | None = None
+        self._changed = asyncio.Event()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def submit(self, requests: Mapping[int, Request]) -> None:
+        for ticket, request in requests.items():
+            task = asyncio.create_task(self._follow(ticket, request))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+
+    async def collect(self) -> dict[int, Completion]:
+        await self._changed.wait()
+        self._changed.clear()
+        finished, self._finished = self._finished, {}
+        if self._failure is not None:
+            raise self._failure
+        return finished
+
+    async def load(self, weights: Weights | SharedWeights) -> None:
+        if isinstance(weights, Weights):
+            check_manifest(self._manifest, weights.tensors)
+            table = self._shared.write(weights.tensors)
+            weights = SharedWeights(weights.version, self._shared.path, table, weights.digest)
+        else:
+            check_manifest(self._manifest, {entry.name: entry for entry in weights.table})
+        told = (weights.path, weights.table, weights.digest is not None)
+        for arrived in await self._llm.collective_rpc("slurmkit_load", args=told):
+            if arrived is not None:
+                check_digest(weights, arrived)
+        # What it holds was computed with the old weights.
+        await self._llm.reset_prefix_cache()
+        self._version = weights.version
+
+    async def _follow(self, ticket: int, request: Request) -> None:
+        """One request from its start to its end; its failure is the engine's."""
+        try:
+            self._finished[ticket] = await self._complete(ticket, request)
+        except Exception as error:
+            is_dead = type(error).__name__ == "EngineDeadError"
+            self._failure = NodeFailure(f"vLLM's processes died: {error}") if is_dead else error
+        self._changed.set()
+
+    async def _complete(self, ticket: int, request: Request) -> Completion:
+        room = self._max_total_length - len(request.prompt_ids)
+        if room < 1:
+            return self._completion([], [], "prompt_too_long", self._version)
+        sampling, version, last = request.sampling, self._version, None
+        params = self._sampling_params(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or 0,
+            seed=sampling.seed % 2**63,
+            max_tokens=min(sampling.max_new_tokens, room),
+            logprobs=0,
+            stop_token_ids=[self._eos_id],
+            ignore_eos=True,  # of what the model's folder calls so
+            detokenize=False,
+            output_kind=self._final_only,
+        )
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        async for output in self._llm.generate(prompt, params, request_id=str(ticket)):
+            last = output.outputs[0]
+        if last is None or last.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a request with {last and last.finish_reason}")
+        logprobs = [found[token].logprob for token, found in zip(last.token_ids, last.logprobs, strict=True)]
+        return self._completion(list(last.token_ids), logprobs, last.finish_reason, version)
+
+    def _completion(
+        self, token_ids: list[int], logprobs: list[float], reason: FinishReason, version: int
+    ) -> Completion:
+        return Completion(
+            token_ids=numpy.array(token_ids, numpy.int32),
+            logprobs=numpy.array(logprobs, numpy.float32),
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=reason,
+            weight_version=version,
+        )
+
+
+def _check_head_size(config: Any) -> None:
+    """vLLM itself would only fail when it first samples, and without saying this."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size not in (sizes := CPUAttentionBackend.get_supported_head_sizes()):
+        raise ValueError(
+            f"the model's attention heads are {size} wide (head_dim): on a CPU, vLLM has kernels for "
+            f"{', '.join(map(str, sizes))}; the torch engine (policy.generation.backend) takes any"
+        )
+
+
+def _prepare(device: str, threads: int | None, address: str, temporary: str | None) -> None:
+    """The environment that vLLM and its processes read when they start; what the user has set stays."""
+    use_interface_of(address)
+    os.environ[vllm_worker.ENGINE_PROCESS] = str(os.getpid())
+    if temporary is not None:
+        # Sockets and files that nobody removes where an engine is killed. Short, as a socket's path has 107 characters.
+        os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.tempdir = temporary
+    defaults = {
+        "VLLM_HOST_IP": address,
+        # Bound, the threads of two engines on one machine would have the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Threads that spin while they wait take the cores that policy and driver need.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Small functions that are compiled on a CPU gain nothing and need a C++ compiler.
+        **({"TORCH_COMPILE_DISABLE": "1"} if device == "cpu" else {}),
+        # Its warnings are of what slurmkit has chosen; each load repeats one.
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)

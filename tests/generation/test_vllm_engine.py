@@ -1,0 +1,100 @@
+"""What only vLLM's engine has: requests that overlap, processes of its own, models that it cannot run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from driver import left_behind
+from engines import Vllm
+from tiny import make_tiny_model
+
+from slurmkit.config.model import VllmCfg
+from slurmkit.errors import NodeFailure
+from slurmkit.generation.engine import Completion, Request, SamplingParams
+from slurmkit.generation.vllm_engine import VllmEngine
+
+SETTINGS = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8}
+# Starts an engine where a folder of its own takes what vLLM writes, says so, and waits.
+STARTS = """
+import asyncio, sys
+from slurmkit.generation.vllm_engine import VllmEngine
+async def start():
+    engine = VllmEngine(sys.argv[1], precision="float32", max_total_length=64, max_batch_size=8, temporary=sys.argv[2])
+    print("started", flush=True)
+    await asyncio.sleep(600)
+if __name__ == "__main__":
+    asyncio.run(start())
+"""
+
+
+def make_model(folder: Path) -> Path:
+    return make_tiny_model(folder, max_length=320, num_attention_heads=1, num_key_value_heads=1)
+
+
+def processes_of(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def test_a_short_request_is_answered_while_a_long_one_is_under_way_and_a_dead_process_fails_it(tmp_path: Path) -> None:
+    vllm = Vllm(make_model(tmp_path / "model"), **SETTINGS)
+    # Greedy, so that the end token is unlikely to end it.
+    long, short = Request((1, 2), SamplingParams(0.0, 310, 0)), Request((1, 2), SamplingParams(1.0, 2, 0))
+
+    async def ask() -> list[dict[int, Completion]]:
+        await vllm.engine.submit({0: long})
+        await asyncio.sleep(0.05)
+        await vllm.engine.submit({1: short})
+        return [await vllm.engine.collect(), await vllm.engine.collect()]
+
+    first, second = vllm.do(ask())
+    assert list(first) == [1]
+    assert list(second) == [0]
+
+    async def ask_and_kill() -> None:
+        await vllm.engine.submit({2: long})
+        for process in processes_of(os.getpid()):
+            if "EngineCor" in process.name():
+                process.kill()
+        await vllm.engine.collect()
+
+    with pytest.raises(NodeFailure, match="vLLM's processes died"):
+        vllm.do(ask_and_kill())
+    vllm.end()
+
+
+def test_an_engine_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path) -> None:
+    model, temporary, script = make_model(tmp_path / "model"), tmp_path / "t", tmp_path / "start.py"
+    temporary.mkdir()
+    script.write_text(STARTS)
+    before = left_behind()
+    engine = subprocess.Popen([sys.executable, script, model, temporary], stdout=subprocess.PIPE, text=True)
+    assert engine.stdout is not None
+    assert "started\n" in iter(engine.stdout.readline, "")
+    started = processes_of(engine.pid)
+    assert len(started) >= 2
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    deadline = time.monotonic() + 30
+    while any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started):
+        assert time.monotonic() < deadline, started
+        time.sleep(0.1)
+    assert left_behind() <= before
+    engine.stdout.close()
+
+
+def test_heads_of_a_width_without_a_kernel_are_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"heads are 16 wide \(head_dim\): on a CPU, vLLM has kernels for 32, 64, "):
+        VllmEngine(str(make_tiny_model(tmp_path / "model")), **SETTINGS)
+
+
+def test_arguments_of_vllm_that_slurmkit_sets_itself_are_refused_with_the_key_to_use() -> None:
+    with pytest.raises(ValueError, match=r"slurmkit sets max_num_seqs \(use policy.generation.max_batch_size\)"):
+        VllmCfg(vllm_kwargs={"max_num_seqs": 4, "block_size": 32})

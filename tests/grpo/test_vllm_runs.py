@@ -1,0 +1,91 @@
+"""Runs whose engine is vLLM, in Ray: what a user starts, and what is left of it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from driver import TINY, Run, last_logged, left_behind, processes_of, run, start, until
+from tiny import tiny_config
+
+from slurmkit.errors import UserError
+from slurmkit.grpo import cluster
+
+# One head, as vLLM's kernels want it to be 32 wide.
+VLLM = (
+    "policy.generation.backend=vllm",
+    "policy.from_scratch.num_attention_heads=1",
+    "policy.from_scratch.num_key_value_heads=1",
+    "policy.generation.vllm_cfg.kv_cache_memory_bytes=16777216",
+    "checkpointing.save_period=2",
+    "checkpointing.keep_top_k=null",
+    "checkpointing.metric_name=train:reward_mean",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four steps without interruption."""
+    before = left_behind()
+    done = run(tmp_path_factory.mktemp("vllm") / "run", TINY, *VLLM, "grpo.max_num_steps=4")
+    assert done.code == 0, done.errors
+    assert left_behind() <= before
+    return done
+
+
+def test_vllm_samples_with_the_policys_weights_after_every_update(whole: Run) -> None:
+    errors = whole.values("train:token_mult_prob_error")
+    assert len(errors) >= 3
+    assert max(errors) < 1 + 1e-3
+    assert max(whole.values("train:grad_norm")) > 0.01  # and they did change
+    assert "WARNING" not in whole.errors + whole.output
+
+
+def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder, symlinks=True)
+    shutil.rmtree(folder / "step_4")
+    again = run(folder, TINY, *VLLM, "grpo.max_num_steps=4")
+    assert again.code == 0, again.errors
+    assert "going on after step 2" in again.output
+    for name in ("train:reward_mean", "train:completion_tokens_mean", "val:accuracy"):
+        assert again.values(name) == whole.values(name)
+    assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
+
+
+def test_the_death_of_vllms_process_ends_the_run_with_the_engines_name_and_leaves_nothing(tmp_path: Path) -> None:
+    before = left_behind()
+    driver = start(tmp_path, TINY, *VLLM, "grpo.max_num_steps=1000")
+    until(lambda: last_logged(tmp_path) >= 1, driver)
+    family = processes_of(driver)
+    core = next(each for each in family if each.name().startswith("VLLM::EngineCor"))
+    core.kill()
+    try:
+        _, errors = driver.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        raise
+    assert driver.returncode == 75
+    message = r"^error: engine 0 on node \S+ failed in collect\(\): vLLM's processes died: "
+    assert re.search(message, errors, re.MULTILINE), errors
+    deadline = time.monotonic() + 30
+    while left := [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert left_behind() <= before
+
+
+def test_vllm_that_is_not_installed_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    config = tiny_config(tmp_path, policy={"generation": {"backend": "vllm"}})
+    with pytest.raises(
+        UserError, match=r"policy.generation.backend: vllm is not installed .* install slurmkit\[vllm\]"
+    ):
+        cluster.start_actors(config, tmp_path, 0, tmp_path)
