@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slurmkit.bench import baseline, growth, side_by_side
+from slurmkit.bench import baseline, growth, sampling, side_by_side
 from slurmkit.bench.child import measured
 from slurmkit.bench.machine import circumstances, machine, versions
 from slurmkit.bench.shapes import shape_of
@@ -89,11 +89,29 @@ def _driver_lines(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> It
     yield f"| step but rollout, target {_DRIVER_TARGET_MS:g} | {figures['between_rollouts_ms']:.1f} |"
 
 
+def _generate(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
+    given = dict(options)
+    result = sampling.compare(given.pop("shapes"), given, _say)
+    return result, sampling.table(result["figures"])
+
+
+def _sync(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
+    given = dict(options)
+    result = sampling.transfers(given.pop("shapes"), given, _say)
+    return result, sampling.transfer_table(result["figures"])
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-_BENCHMARKS = {"fake-data": _fake_data, "beside-trl": _beside_trl, "driver": _driver}
+_BENCHMARKS = {
+    "fake-data": _fake_data,
+    "beside-trl": _beside_trl,
+    "driver": _driver,
+    "generate": _generate,
+    "sync": _sync,
+}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ class Shape:
 # vocab, hidden, layers, heads, key-value heads, head size, intermediate, tied
 SHAPES = {
     "tiny": Shape(512, 32, 2, 2, 2, 16, 64, False),
+    "0.4m": Shape(512, 128, 2, 4, 4, 32, 288, False),
+    "1m": Shape(512, 128, 6, 4, 4, 32, 288, False),
     "small": Shape(32_768, 256, 4, 4, 2, 64, 768, True),
+    "100m": Shape(32_768, 640, 16, 10, 10, 64, 2048, True),
     "qwen3-0.6b": Shape(151_936, 1024, 28, 16, 8, 128, 3072, True),
     "qwen3-4b": Shape(151_936, 2560, 36, 32, 8, 128, 9728, True),
 }

@@ -36,7 +36,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg] # generic in newer re
 
 _OF_FAKE_DATA = {
     "shape": click.option(
-        "--shape", help="tiny, small, qwen3-0.6b, qwen3-4b.  [default: qwen3-0.6b on a GPU, else small]"
+        "--shape", help="tiny, 0.4m, 1m, small, 100m, qwen3-0.6b, qwen3-4b.  [default: qwen3-0.6b on a GPU, else small]"
     ),
     "seq_length": click.option(
         "--seq-length", type=click.IntRange(2), help="Tokens of a micro-batch.  [default: 16384, 1024]"
@@ -62,9 +62,7 @@ _BESIDE_TRL = {
     "seeds": click.option("--seeds", type=_Numbers(), help="A run of each side for each.  [default: 1,2,3]"),
     "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]"),
     "generations": click.option("--generations", type=click.IntRange(2), help="Completions of each.  [default: 8]"),
-    "micro_batch": click.option(
-        "--micro-batch", type=_POSITIVE, help="Full-length sequences of a micro-batch.  [default: 32]"
-    ),
+    "micro_batch": click.option("--micro-batch", type=_POSITIVE, help="Sequences of a micro-batch.  [default: 32]"),
     "max_new_tokens": click.option("--max-new-tokens", type=_POSITIVE, help="Of a completion.  [default: 128]"),
     "mean_dots": click.option("--mean-dots", type=float, help="About the mean length of a completion.  [default: 30]"),
     "cache": click.option(
@@ -129,6 +127,32 @@ def train(fake_data: bool, **options: Any) -> None:
 def driver(**options: Any) -> None:
     """Measure the driver's own part of a step, with ranks, engines and tasks that take no time."""
     _measure("driver", options)
+
+
+@command.command("generate")
+@click.option("--shapes", default="0.4m,100m", metavar="NAME,NAME", show_default=True, help="Models of random weights.")
+@click.option("--batch", type=_POSITIVE, help="Completions at once.  [default: 64]")
+@click.option("--prompt-tokens", type=_POSITIVE, help="Of each prompt.  [default: 32]")
+@click.option("--new-tokens", type=_POSITIVE, help="Of each completion.  [default: 64]")
+@click.option("--rounds", type=_POSITIVE, help="Beside a first one that is left out.  [default: 3]")
+@click.option("--threads", type=_POSITIVE, help="Of each engine.  [default: all cores]")
+@_with(*_OF_ALL)
+def generate(shapes: str, **options: Any) -> None:
+    """Measure sampling: both engines beside transformers' own generate, each in a process of its own."""
+    _measure("generate", {**options, "shapes": shapes.split(",")})
+
+
+@command.command("sync")
+@click.option(
+    "--shapes", default="1m,100m,qwen3-0.6b", metavar="NAME,NAME", show_default=True, help="Models of random weights."
+)
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), help="What is moved.  [default: float32]")
+@click.option("--rounds", type=_POSITIVE, help="Beside a first one that is left out.  [default: 5]")
+@click.option("--threads", type=_POSITIVE, help="[default: all cores]")
+@_with(*_OF_ALL)
+def sync(shapes: str, **options: Any) -> None:
+    """Measure how long new weights take from the policy to each engine, beside a plain copy of as many bytes."""
+    _measure("sync", {**options, "shapes": shapes.split(",")})
 
 
 def _measure(benchmark: str, options: dict[str, Any]) -> None:

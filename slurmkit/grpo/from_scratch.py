@@ -64,7 +64,7 @@ def make_model(folder: Path, sizes: FromScratch, domain: Domain, *, max_length: 
     torch.set_num_threads(1)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(unfinished)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -92,7 +92,7 @@ def make_model(folder: Path, sizes: FromScratch, domain: Domain, *, max_length: 
     os.replace(unfinished, folder)
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     # One token per byte, in the printable stand-ins that byte-level tokenizers use.
     vocabulary = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from parts import SLURMKIT
 
-from slurmkit.bench import baseline, growth, side_by_side
+from slurmkit.bench import baseline, growth, sampling, side_by_side
+from slurmkit.bench.child import measured
 from slurmkit.bench.machine import WatchedTree
 from slurmkit.bench.shapes import SHAPES
+from slurmkit.errors import UserError
 
 # A Python with TRL, for those who have one: then the comparison is run whole.
 TRL_PYTHON = os.environ.get("TEST_TRL_PYTHON")
@@ -49,6 +51,43 @@ def test_fake_data_measures_the_trainer_and_keeps_what_a_later_run_is_compared_w
     assert figures["flops_per_token"] == 6 * parameters + 12 * 2 * tiny.hidden_size * 32
     assert figures["mfu"] == pytest.approx(2 * 64 / step * figures["flops_per_token"] / figures["peak_flops"])
     assert figures["peak_memory_mib"] > figures["loaded_memory_mib"] > 50
+
+
+@pytest.mark.parametrize("side", sampling.SIDES)
+def test_sampling_is_measured_with_each_engine_and_with_transformers(side: str) -> None:
+    settings = {"shape": "0.4m", "side": side, "batch": 4, "new_tokens": 8, "rounds": 2, "threads": 1}
+    found = measured("generate", settings)
+    assert found["settings"] == found["settings"] | settings
+    figures = found["figures"]
+    assert len(figures["all_tokens_per_second"]) == 3
+    assert figures["tokens_per_second"] == pytest.approx(sum(figures["all_tokens_per_second"][1:]) / 2)
+    assert 300_000 < figures["parameters"] < 500_000
+
+
+def test_a_transfer_of_weights_is_measured_beside_a_plain_copy() -> None:
+    figures = measured("sync", {"shape": "0.4m", "side": "torch", "rounds": 2, "threads": 1})["figures"]
+    tiny = SHAPES["0.4m"]
+    assert figures["bytes"] > 4 * 2 * tiny.vocab_size * tiny.hidden_size
+    whole = figures["share_seconds"] + figures["load_seconds"]
+    assert figures["bytes_per_second"] == pytest.approx(figures["bytes"] / whole)
+    assert figures["ratio_to_copy"] == pytest.approx(whole / figures["copy_seconds"])
+
+
+def test_engines_are_compared_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+        rate = {"transformers": 100.0, "torch": 150.0, "vllm": 250.0}[settings["side"]]
+        return {"settings": settings, "figures": {"tokens_per_second": rate, "start_seconds": 1.0}}
+
+    monkeypatch.setattr(sampling, "measured", measured)
+    said = list[str]()
+    result = sampling.compare(["1m", "100m"], {"batch": 4}, said.append)
+    assert [run["settings"]["shape"] for run in result["runs"]] == ["1m"] * 3 + ["100m"] * 3
+    assert all(run["settings"]["batch"] == 4 for run in result["runs"])
+    assert result["figures"]["1m"]["ratio_to_transformers"] == {"torch": 1.5, "vllm": 2.5}
+    assert "| 100m | vllm | 250 | 2.50 | 1.0 |" in list(sampling.table(result["figures"]))
+    assert len(said) == 6
+    with pytest.raises(UserError, match="--shape 7b: there is no such shape"):
+        sampling.transfers(["7b"], {}, said.append)
 
 
 def test_growth_is_what_depends_on_vocabulary_and_tokens_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +201,7 @@ def test_a_figure_is_called_worse_beyond_one_percent_of_memory_or_fifteen_of_thr
     [
         (
             ["--fake-data", "--shape", "qwen3"],
-            "--shape qwen3: there is no such shape; there are tiny, small, qwen3-0.6b",
+            "--shape qwen3: there is no such shape; there are tiny, 0.4m, 1m, small",
         ),
         (["--fake-data", "--seq-length", "10", "--sequences", "3"], "--seq-length 10 cannot be 3 equal sequences"),
         (["--fake-data", "--vocab-sizes", "512"], "--vocab-sizes 512: give two or more"),
