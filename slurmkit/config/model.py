@@ -171,9 +171,12 @@ class FromScratch(Section):
     num_hidden_layers: Count = 2
     """Layers."""
     num_attention_heads: Count = 4
-    """Query heads; each is hidden_size / num_attention_heads wide."""
+    """Query heads."""
     num_key_value_heads: Count = 4
     """Key and value heads."""
+    head_dim: Count | None = None
+    """Width of a head, an even number; null is hidden_size / num_attention_heads, where vLLM samples on a CPU at least
+    32, as it has no kernel for less."""
     intermediate_size: Count = 384
     """Width inside the feed-forward blocks."""
     supervised_steps: Annotated[int, Field(ge=0)] = 300
@@ -185,10 +188,12 @@ class FromScratch(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % (2 * self.num_attention_heads):
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even")
+        if self.head_dim is None and self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of twice num_attention_heads "
-                f"{self.num_attention_heads}"
+                f"{self.num_attention_heads}, or head_dim be given"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -31,6 +31,8 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _WARM_UP_STEPS = 20
+# The narrowest attention heads that vLLM has a kernel for on a CPU.
+_LEAST_HEAD_DIM = 32
 
 
 def starting_model(config: TrainConfig, domain: Domain, run_directory: Path, *, going_on: bool = False) -> Path:
@@ -40,6 +42,9 @@ def starting_model(config: TrainConfig, domain: Domain, run_directory: Path, *, 
         folder = run_directory / "model"
         if going_on and folder.is_dir():
             return folder
+        if sizes.head_dim is None and config.policy.generation.backend == "vllm" and not config.cluster.gpus_per_node:
+            width = max(_LEAST_HEAD_DIM, sizes.hidden_size // sizes.num_attention_heads)
+            sizes = FromScratch.model_validate({**sizes.model_dump(), "head_dim": width})
         say(f"making a model: {sizes.supervised_steps} supervised steps, to {folder}")
         limit = config.policy.max_total_sequence_length
         make_model(folder, sizes, domain, max_length=limit, seed=config.grpo.seed)
@@ -76,7 +81,7 @@ def make_model(folder: Path, sizes: FromScratch, domain: Domain, *, max_length: 
                 num_hidden_layers=sizes.num_hidden_layers,
                 num_attention_heads=sizes.num_attention_heads,
                 num_key_value_heads=sizes.num_key_value_heads,
-                head_dim=sizes.hidden_size // sizes.num_attention_heads,
+                head_dim=sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads,
                 intermediate_size=sizes.intermediate_size,
                 max_position_embeddings=max_length,
                 # Input and output embeddings of a model this small do better apart.

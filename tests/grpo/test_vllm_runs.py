@@ -16,11 +16,8 @@ from tiny import tiny_config
 from slurmkit.errors import UserError
 from slurmkit.grpo import cluster
 
-# One head, as vLLM's kernels want it to be 32 wide.
 VLLM = (
     "policy.generation.backend=vllm",
-    "policy.from_scratch.num_attention_heads=1",
-    "policy.from_scratch.num_key_value_heads=1",
     "policy.generation.vllm_cfg.kv_cache_memory_bytes=16777216",
     "checkpointing.save_period=2",
     "checkpointing.keep_top_k=null",
