@@ -154,6 +154,8 @@ class Generation(Section):
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
     max_batch_size: Count = 256
     """Completions that one engine samples together."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """How often each engine is started again where it dies; 0 ends the run."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,13 +17,36 @@ Value = TypeVar("Value")
 _GRACE = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Actor:
-    """A Ray actor with a name for messages: "policy rank 3" or "engine 0"."""
+    """A Ray actor with a name for messages: "policy rank 3" or "engine 0".
+
+    `make` starts another like it in its place, where that is possible, and `is_placed` says whether its node is there.
+    """
 
     name: str
     handle: Any
     timeout_seconds: float
+    make: Callable[[], Any] | None = None
+    is_placed: Callable[[], bool] = lambda: True
+
+    def restart(self) -> None:
+        """End the actor, in whatever state it is, and start another."""
+        assert self.make is not None
+        ray.kill(self.handle)
+        self.handle = self.make()
+
+    async def call_while_placed(self, method: str, *arguments: Any, every: float) -> Any:
+        """As `call`, and NodeFailure as soon as the node is gone, on which Ray would wait for another: looked for
+        `every` so many seconds."""
+        called = asyncio.ensure_future(self.call(method, *arguments))
+        try:
+            while not (await asyncio.wait([called], timeout=every))[0]:
+                if not self.is_placed():
+                    raise NodeFailure(f"{self.name} cannot be started again: its node is gone")
+            return called.result()
+        finally:
+            called.cancel()
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """The method's value.

@@ -5,38 +5,71 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+from slurmkit.errors import NodeFailure
 from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.engine import Completion, Request, SamplingParams
 
-_Asked = asyncio.Future[Completion]
+_ALIVE_SECONDS = 2.0
+
+
+class _Asked(NamedTuple):
+    """A request, and who waits for its completion."""
+
+    ticket: int
+    request: Request
+    future: asyncio.Future[Completion]
 
 
 @dataclass(slots=True)
 class _Slot:
-    """An engine and what it has been given, by ticket."""
+    """A place for an engine, and what the engine there has been given, by ticket."""
 
+    number: int
     engine: Actor
     in_flight: dict[int, _Asked] = field(default_factory=dict)
+    restarts: int = 0
+    restarting: asyncio.Task[None] | None = None
 
 
 class EnginePool:
-    """Shares out requests over engines. Used as `async with EnginePool(engines) as pool`."""
+    """Shares out requests over engines. Used as `async with EnginePool(engines) as pool`.
 
-    def __init__(self, engines: Sequence[Actor], max_batch_size: int, *, continuous: bool = False) -> None:
+    An engine that dies is started again, with the weights that the others have, up to `max_restarts` times; meanwhile
+    the others do what it had to do. As the tokens follow from each request's own seed, nobody notices.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Actor],
+        max_batch_size: int,
+        *,
+        continuous: bool = False,
+        max_restarts: int = 0,
+        say: Callable[[str], None] = print,
+    ) -> None:
         """`continuous` engines take up to `max_batch_size` requests at any time, others only when they have none."""
-        self._slots = [_Slot(engine) for engine in engines]
+        self._slots = [_Slot(number, engine) for number, engine in enumerate(engines)]
         self._max_batch_size = max_batch_size
         self._continuous = continuous
-        self._waiting: deque[tuple[int, Request, _Asked]] = deque()
+        self._max_restarts = max_restarts
+        self._say = say
+        self._waiting: deque[_Asked] = deque()
         self._tickets = count()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loaded: Sequence[object] | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def restarts(self) -> int:
+        """How many engines have been started again so far."""
+        return sum(slot.restarts for slot in self._slots)
 
     async def __aenter__(self) -> EnginePool:
         self._start(self._share_out())
@@ -51,27 +84,46 @@ class EnginePool:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        """One completion. Failure where the engine that had the request died or overran its deadline."""
+        """One completion. Failure where an engine raised; NodeFailure where one died, once too often."""
+        if self._failure is not None:
+            raise self._failure
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append((next(self._tickets), Request(tuple(prompt_ids), sampling), future))
+        self._waiting.append(_Asked(next(self._tickets), Request(tuple(prompt_ids), sampling), future))
         self._changed.set()
         completion: Completion = await future
         return completion
 
-    async def load(self, weights: Sequence[object]) -> None:
-        """Give each engine its new weights: a Ray reference, as the driver never fetches them."""
-        await together(*(slot.engine.call("load", own) for slot, own in zip(self._slots, weights, strict=True)))
+    async def load(self, make: Callable[[], Awaitable[Sequence[object]]]) -> None:
+        """Give each engine its new weights: a Ray reference, as the driver never fetches them.
+
+        `make` makes them in the place of the last ones, so first whoever is still reading those ends.
+        """
+        await asyncio.gather(*(slot.restarting for slot in self._slots if slot.restarting is not None))
+        self._loaded = await make()
+        await together(*(self._load(slot) for slot in self._slots))
+
+    async def _load(self, slot: _Slot) -> None:
+        assert self._loaded is not None
+        try:
+            await slot.engine.call("load", self._loaded[slot.number])
+        except NodeFailure as error:
+            self._fail(slot, slot.restarts, error)
+            if slot.restarting is not None:
+                await slot.restarting
+        if self._failure is not None:
+            raise self._failure
 
     async def _share_out(self) -> None:
         """Keep all engines equally busy.
 
         Consumes waiting requests. Waits for: a request, or an engine that has become free. Produces work for engines.
-        Unblocked by: `generate`, `_work`.
+        Unblocked by: `generate`, `_work`, `_restart`.
         """
         while True:
             await self._changed.wait()
             self._changed.clear()
-            free = [slot for slot in self._slots if not slot.in_flight or self._continuous]
+            there = [slot for slot in self._slots if slot.restarting is None]
+            free = [slot for slot in there if not slot.in_flight or self._continuous]
             # The busiest first: what it has too much of, the others have to have less of.
             free.sort(key=lambda slot: len(slot.in_flight), reverse=True)
             while self._waiting and free:
@@ -81,38 +133,76 @@ class EnginePool:
                 batch = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
                 if batch:
                     is_idle = not slot.in_flight
-                    slot.in_flight |= {ticket: future for ticket, _, future in batch}
-                    self._start(self._submit(slot, {ticket: request for ticket, request, _ in batch}))
+                    slot.in_flight |= {asked.ticket: asked for asked in batch}
+                    self._start(self._submit(slot, {asked.ticket: asked.request for asked in batch}))
                     if is_idle:
                         self._start(self._work(slot))
 
     async def _submit(self, slot: _Slot, requests: Mapping[int, Request]) -> None:
+        restarts = slot.restarts
         try:
             await slot.engine.call("submit", requests)
         except Exception as error:
-            self._fail(slot, error)
+            self._fail(slot, restarts, error)
 
     async def _work(self, slot: _Slot) -> None:
-        """Pass on what an engine finishes for as long as it has something to do; its failure is that of all it has."""
+        """Pass on what an engine finishes for as long as it has something to do."""
+        restarts = slot.restarts
         try:
             while slot.in_flight:
                 finished: Mapping[int, Completion] = await slot.engine.call("collect")
+                if slot.restarts > restarts:
+                    return  # what the engine before this one had is somebody else's by now
                 for ticket, completion in finished.items():
-                    future = slot.in_flight.pop(ticket)
+                    future = slot.in_flight.pop(ticket).future
                     if not future.done():
                         future.set_result(completion)
                 self._changed.set()
         except Exception as error:
-            self._fail(slot, error)
+            self._fail(slot, restarts, error)
 
-    def _fail(self, slot: _Slot, error: Exception) -> None:
-        for future in slot.in_flight.values():
-            if not future.done():
-                future.set_exception(error)
+    def _fail(self, slot: _Slot, restarts: int, error: Exception) -> None:
+        """An engine that had been started again so often is gone, or has raised."""
+        if slot.restarts > restarts or slot.restarting is not None:
+            return  # another call of the same engine has said so
+        self._waiting.extendleft(reversed(slot.in_flight.values()))
         slot.in_flight.clear()
-        self._changed.set()
+        if isinstance(error, NodeFailure) and slot.engine.make is not None and slot.restarts < self._max_restarts:
+            slot.restarting = self._start(self._restart(slot, error))
+        else:
+            self._end(error)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _restart(self, slot: _Slot, error: Exception) -> None:
+        """Another engine in the place of one that died; all that wait learn of it where there can be none."""
+        while slot.restarts < self._max_restarts:
+            slot.restarts += 1
+            self._say(f"{error}: started again, for the {slot.restarts}. time of {self._max_restarts}")
+            try:
+                slot.engine.restart()
+                # The first call waits until it is there.
+                call = ("submit", {}) if self._loaded is None else ("load", self._loaded[slot.number])
+                await slot.engine.call_while_placed(*call, every=_ALIVE_SECONDS)
+            except NodeFailure as another:
+                error = another
+            except Exception as other:
+                error = other
+                break
+            else:
+                slot.restarting = None
+                self._changed.set()
+                return
+        slot.restarting = None
+        self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        self._failure = error
+        waiting = [*self._waiting, *(asked for slot in self._slots for asked in slot.in_flight.values())]
+        for asked in waiting:
+            if not asked.future.done():
+                asked.future.set_exception(error)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

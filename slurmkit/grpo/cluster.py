@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,24 +155,22 @@ def start_actors(
         if generation.backend == "vllm":
             kind = VllmEngine
             own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
-        engine = (
-            ray.remote(kind)
-            .options(**options)
-            .remote(
-                str(model_path),
-                precision=config.policy.precision,
-                max_total_length=config.policy.max_total_sequence_length,
-                max_batch_size=generation.max_batch_size,
-                weight_version=weight_version,
-                threads=threads,
-                device="cuda" if config.cluster.gpus_per_node else "cpu",
-                trust_remote_code=config.policy.trusts_remote_code,
-                **own,
-            )
+        make = partial(
+            ray.remote(kind).options(**options).remote,
+            str(model_path),
+            precision=config.policy.precision,
+            max_total_length=config.policy.max_total_sequence_length,
+            max_batch_size=generation.max_batch_size,
+            weight_version=weight_version,
+            threads=threads,
+            device="cuda" if config.cluster.gpus_per_node else "cpu",
+            trust_remote_code=config.policy.trusts_remote_code,
+            **own,
         )
         timeout = config.cluster.call_timeout_seconds
         ranks.append(Actor(f"policy rank {rank} on node {bundle.address}", worker, timeout))
-        engines.append(Actor(f"engine {rank} on node {bundle.address}", engine, timeout))
+        is_placed = partial(_is_alive, bundle.address)
+        engines.append(Actor(f"engine {rank} on node {bundle.address}", make(), timeout, make, is_placed))
         addresses.append(bundle.address)
     policy = Policy(
         ranks,
@@ -201,6 +200,10 @@ def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:
     placed = placement_group_table(group)["bundles_to_node_id"]
     bundles = [Bundle(index, address_of[node]) for index, node in placed.items()]
     return group, sorted(bundles, key=lambda found: ipaddress.ip_address(found.address))
+
+
+def _is_alive(address: str) -> bool:
+    return any(node["Alive"] for node in _nodes() if node["NodeManagerAddress"] == address)
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -98,7 +98,13 @@ async def train(config: TrainConfig, interrupts: Interrupts) -> None:
         policy, engines = start_actors(config, model_path, state.updates, temporary)
         interrupts.attend()
         generation = config.policy.generation
-        sharing = EnginePool(engines, generation.max_batch_size, continuous=generation.backend == "vllm")
+        sharing = EnginePool(
+            engines,
+            generation.max_batch_size,
+            continuous=generation.backend == "vllm",
+            max_restarts=generation.max_restarts,
+            say=say,
+        )
         pool = await stack.enter_async_context(sharing)
         starting = policy.start(model_path, starting_path, checkpoint, state.updates)
         await guarded(interrupts.unless(starting), watch_ray())
@@ -194,8 +200,8 @@ class Trainer:
                     with timed(metrics, "time:update"):
                         metrics |= await self.update(updates, step)
                     with timed(metrics, "time:weights"):
-                        await self.pool.load(await self.policy.put_weights())
-                metrics |= self.saver.check()
+                        await self.pool.load(self.policy.put_weights)
+                metrics |= {"train:engine_restarts": float(self.pool.restarts), **self.saver.check()}
                 saving = self.due_to_save(step)
                 validating = self.due_to_validate(step, saving)
                 if validating:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from groups import completion
 
-from slurmkit.errors import Failure
+from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.engine import Completion, Request, SamplingParams
 from slurmkit.generation.pool import EnginePool
 
@@ -19,10 +19,12 @@ class Recorder:
     """Answers with the prompt, and remembers how many it was given at once; fails what it is given first, if asked."""
 
     name = "engine 0"
+    make = None
 
-    def __init__(self, failures: int = 0) -> None:
+    def __init__(self, failures: int = 0, error: Exception | None = None) -> None:
         self.batches: list[int] = []
         self._failures = failures
+        self._error = error or Failure("engine 0 raised")
         self._submitted: dict[int, Request] = {}
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -36,7 +38,7 @@ class Recorder:
         submitted, self._submitted = self._submitted, {}
         if self._failures:
             self._failures -= 1
-            raise Failure("engine 0 died")
+            raise self._error
         return {ticket: echo(request) for ticket, request in submitted.items()}
 
 
@@ -104,11 +106,103 @@ def test_engines_that_take_more_at_any_time_get_equally_much_of_little() -> None
     assert sorted(engine.most for engine in engines) == [2, 2, 3, 3]
 
 
-def test_a_failure_reaches_those_who_asked_and_nobody_waits_for_ever() -> None:
-    answers = asyncio.run(asyncio.wait_for(ask([Recorder(failures=1)], 10, 4), 10))
-    failed = [answer for answer in answers if isinstance(answer, Failure)]
-    assert len(failed) == 4
-    assert len(answers) - len(failed) == 6
+def test_a_failure_reaches_all_who_wait_and_who_asks_afterwards() -> None:
+    async def ask_twice() -> tuple[list[Any], Any]:
+        async with EnginePool([Recorder(failures=1)], 4, max_restarts=3) as pool:  # type: ignore[list-item]
+            asked = (pool.generate((number,), SAMPLING) for number in range(10))
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            return answers, (await asyncio.gather(pool.generate((1,), SAMPLING), return_exceptions=True))[0]
+
+    answers, late = asyncio.run(asyncio.wait_for(ask_twice(), 10))
+    assert len(answers) == 10
+    assert all(isinstance(answer, Failure) for answer in [*answers, late])
+
+
+class Mortal(Recorder):
+    """Dies `failures` times in the middle of what it was given; where it was started again, says with which weights."""
+
+    def __init__(self, failures: int = 0, *, dies_loading: bool = False) -> None:
+        super().__init__(failures, NodeFailure("engine 0 died"))
+        self.loaded: list[object] = []
+        self.restarted = 0
+        self._dies_loading = dies_loading
+
+    def make(self) -> None:  # type: ignore[override] # that there is one is all that is asked
+        """Never called: `restart` is this class's own."""
+
+    def restart(self) -> None:
+        self.restarted += 1
+        self._submitted = {}
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        if method == "load":
+            if self._dies_loading:
+                self._dies_loading = False
+                raise NodeFailure("engine 0 died loading")
+            self.loaded.append(arguments[0])
+            return None
+        return await super().call(method, *arguments)
+
+    async def call_while_placed(self, method: str, *arguments: Any, every: float) -> Any:
+        await asyncio.sleep(0.01)
+        return await self.call(method, *arguments)
+
+
+def test_what_an_engine_that_died_had_to_do_is_done_by_others_and_by_the_one_that_takes_its_place() -> None:
+    mortal, other, said = Mortal(failures=2), Recorder(), list[str]()
+
+    async def work() -> tuple[list[Completion], int]:
+        pool = EnginePool([mortal, other], 4, max_restarts=2, say=said.append)  # type: ignore[list-item]
+        async with pool:
+            await pool.load(weights)
+            return await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(200))), pool.restarts
+
+    async def weights() -> list[str]:
+        return ["its own", "the other's"]
+
+    other.call = serving_loads(other.call)  # type: ignore[method-assign]
+    answers, restarts = asyncio.run(asyncio.wait_for(work(), 10))
+    assert [answer.token_ids.tolist() for answer in answers] == [[number] for number in range(200)]
+    assert (mortal.restarted, restarts) == (2, 2)
+    assert mortal.loaded == ["its own"] * 3
+    assert said == [f"engine 0 died: started again, for the {count}. time of 2" for count in (1, 2)]
+
+
+def serving_loads(call: Any) -> Any:
+    async def serve(method: str, *arguments: Any) -> Any:
+        return None if method == "load" else await call(method, *arguments)
+
+    return serve
+
+
+def test_an_engine_that_dies_once_too_often_ends_the_run() -> None:
+    mortal = Mortal(failures=3)
+
+    async def work() -> list[Any]:
+        async with EnginePool([mortal], 4, max_restarts=2, say=lambda line: None) as pool:  # type: ignore[list-item]
+            return await asyncio.gather(
+                *(pool.generate((number,), SAMPLING) for number in range(9)), return_exceptions=True
+            )
+
+    answers = asyncio.run(asyncio.wait_for(work(), 10))
+    assert all(isinstance(answer, NodeFailure) for answer in answers)
+    assert mortal.restarted == 2
+
+
+def test_an_engine_that_dies_while_it_takes_up_weights_has_them_when_it_is_there_again() -> None:
+    mortal = Mortal(dies_loading=True)
+
+    async def work() -> int:
+        async with EnginePool([mortal], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
+            await pool.load(weights)
+            assert mortal.loaded == ["new"]  # not before
+            return len((await pool.generate((1, 2), SAMPLING)).token_ids)
+
+    async def weights() -> list[str]:
+        return ["new"]
+
+    assert asyncio.run(asyncio.wait_for(work(), 10)) == 2
+    assert mortal.restarted == 1
 
 
 def test_a_completion_without_as_many_logprobs_as_tokens_is_refused() -> None:

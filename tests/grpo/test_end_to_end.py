@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from driver import CANARY, Run, run, start
+from driver import CANARY, Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
 from parts import REPOSITORY, need_shared_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,9 +108,30 @@ def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Pa
     assert (tmp_path / "latest").resolve().name == "step_2"
 
 
+def test_an_engine_that_dies_is_started_again_and_the_numbers_are_those_of_a_run_where_none_died(
+    whole: Run, tmp_path: Path
+) -> None:
+    driver = start(tmp_path, ARITHMETIC, *SHORT, "grpo.max_num_steps=4")
+    for step in (1, 2):  # once with the weights that it started with, once with those of an update
+        until(lambda step=step: last_logged(tmp_path) >= step - 1, driver)  # type: ignore[misc]
+        engine = titled(processes_of(driver), "ray::TorchEngine")
+        until(lambda engine=engine: does(engine, "ray::TorchEngine.collect"), driver)  # type: ignore[misc]
+        engine.kill()
+    done = ended(driver, tmp_path)
+    assert done.code == 0, done.errors
+    # Ray prints in between, sometimes in the middle of a line.
+    for count in (1, 2):
+        assert re.search(rf"engine 0 on node \S+ died .*: started again, for the {count}. time of 3", done.output)
+    assert done.values("train:engine_restarts")[-1] == 2
+    undisturbed, disturbed = without_times(whole.folder), without_times(tmp_path)
+    for line in (*undisturbed, *disturbed):
+        line.pop("train:engine_restarts", None)
+    assert disturbed == undisturbed
+
+
 @pytest.mark.parametrize("actor", ["policy rank 0", "engine 0"])
-def test_the_death_of_an_actor_ends_the_run_with_its_name(tmp_path: Path, actor: str) -> None:
-    process = start(tmp_path, ARITHMETIC, *SHORT)
+def test_the_death_of_an_actor_that_is_not_started_again_ends_the_run_with_its_name(tmp_path: Path, actor: str) -> None:
+    process = start(tmp_path, ARITHMETIC, *SHORT, "policy.generation.max_restarts=0")
     title = "ray::PolicyWorker" if actor.startswith("policy") else "ray::TorchEngine"
     deadline = time.monotonic() + 200
     metrics = tmp_path / "metrics.jsonl"

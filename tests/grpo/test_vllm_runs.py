@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -55,21 +56,30 @@ def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, t
     assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
 
 
-def test_the_death_of_vllms_process_ends_the_run_with_the_engines_name_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_engine_whose_process_dies_is_started_again_and_once_too_often_ends_the_run_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
     before = left_behind()
-    driver = start(tmp_path, TINY, *VLLM, "grpo.max_num_steps=1000")
-    until(lambda: last_logged(tmp_path) >= 1, driver)
-    family = processes_of(driver)
-    core = next(each for each in family if each.name().startswith("VLLM::EngineCor"))
-    core.kill()
+    driver = start(tmp_path, TINY, *VLLM, "grpo.max_num_steps=1000", "policy.generation.max_restarts=1")
+    family = []
+    for _ in range(2):
+        step = last_logged(tmp_path)
+        until(lambda step=step: last_logged(tmp_path) >= step + 2, driver)  # type: ignore[misc]
+        now = processes_of(driver)
+        family += now
+        next(each for each in now if each.name().startswith("VLLM::EngineCor")).kill()
     try:
-        _, errors = driver.communicate(timeout=60)
+        output, errors = driver.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         driver.kill()
         raise
     assert driver.returncode == 75
     message = r"^error: engine 0 on node \S+ failed in collect\(\): vLLM's processes died: "
     assert re.search(message, errors, re.MULTILINE), errors
+    assert "started again, for the 1. time of 1" in output
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [line["train:token_mult_prob_error"] for line in lines if "train:token_mult_prob_error" in line]
+    assert max(found) < 1 + 1e-3  # also of the engine that took over
     deadline = time.monotonic() + 30
     while left := [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline, left
