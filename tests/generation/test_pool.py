@@ -205,6 +205,66 @@ def test_an_engine_that_dies_while_it_takes_up_weights_has_them_when_it_is_there
     assert mortal.restarted == 1
 
 
+class DiesSubmitting(Mortal):
+    """In its first life the second `submit` fails while a `collect` is under way, which ends in the next life."""
+
+    def __init__(self, *, collects: bool) -> None:
+        super().__init__()
+        self._collects = collects
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        life = self.restarted
+        if method == "submit":
+            if life == 0 and self._submitted:
+                raise NodeFailure("engine 0 died")
+            self._submitted |= arguments[0]
+            return None
+        held = self._submitted
+        await asyncio.sleep(0.1 if life else 0.05)
+        if life == 0 and not self._collects:
+            raise NodeFailure("engine 0 died")
+        answers = {ticket: echo(request) for ticket, request in held.items()}
+        if life:
+            self._submitted = {}
+        return answers
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_two_calls_that_one_death_ends_are_one_death(collects: bool) -> None:
+    engine = DiesSubmitting(collects=collects)
+
+    async def work() -> list[Completion]:
+        async with EnginePool([engine], 4, continuous=True, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
+            first = asyncio.create_task(pool.generate((1,), SAMPLING))
+            await asyncio.sleep(0.01)
+            return list(await asyncio.gather(first, pool.generate((2,), SAMPLING)))
+
+    answers = asyncio.run(asyncio.wait_for(work(), 10))
+    assert [answer.token_ids.tolist() for answer in answers] == [[1], [2]]
+    assert engine.restarted == 1
+
+
+def test_weights_are_not_made_while_an_engine_still_takes_up_the_last_ones() -> None:
+    mortal, made = Mortal(failures=1), list[int]()
+
+    async def weights() -> list[str]:
+        made.append(len(mortal.loaded))
+        return [f"version {len(made)}", ""]
+
+    async def work() -> None:
+        other = Recorder()
+        other.call = serving_loads(other.call)  # type: ignore[method-assign]
+        async with EnginePool([mortal, other], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
+            await pool.load(weights)
+            await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(4)))
+            assert mortal.loaded == ["version 1"], "it is still being started again"
+            await pool.load(weights)
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert made == [0, 2]
+    assert mortal.loaded == ["version 1", "version 1", "version 2"]
+
+
 def test_a_completion_without_as_many_logprobs_as_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="2 tokens with 1 logprobs"):
         completion((1, 2), (0.0,))
