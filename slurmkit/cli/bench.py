@@ -62,7 +62,9 @@ _BESIDE_TRL = {
     "seeds": click.option("--seeds", type=_Numbers(), help="A run of each side for each.  [default: 1,2,3]"),
     "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]"),
     "generations": click.option("--generations", type=click.IntRange(2), help="Completions of each.  [default: 8]"),
-    "micro_batch": click.option("--micro-batch", type=_POSITIVE, help="Sequences of a micro-batch.  [default: 32]"),
+    "micro_batch": click.option(
+        "--micro-batch", type=_POSITIVE, help="Full-length sequences of a micro-batch.  [default: 32]"
+    ),
     "max_new_tokens": click.option("--max-new-tokens", type=_POSITIVE, help="Of a completion.  [default: 128]"),
     "mean_dots": click.option("--mean-dots", type=float, help="About the mean length of a completion.  [default: 30]"),
     "cache": click.option(

@@ -15,7 +15,7 @@ from typing import Any
 from slurmkit.generation.shared_tensors import Entry, read
 from slurmkit.generation.weights import digest
 
-ENGINE_PROCESS = "SLURMKIT_ENGINE_PROCESS"
+ENGINE_PROCESS = "SK_ENGINE_PROCESS"
 
 
 class WorkerExtension:

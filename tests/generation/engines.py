@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,17 @@ class Torch:
         pass
 
 
+@contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """What vLLM sets for its processes, LD_PRELOAD among it, is not for those that other tests start."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 class Vllm:
     """vLLM, in an event loop of its own, as Ray gives it one."""
 
@@ -42,7 +55,8 @@ class Vllm:
         self.engine = self.do(self._make(model_path, settings))
 
     async def _make(self, model_path: Path, settings: dict[str, Any]) -> VllmEngine:
-        return VllmEngine(str(model_path), threads=1, **settings)
+        with unchanged_environment():
+            return VllmEngine(str(model_path), threads=1, **settings)
 
     def do(self, what: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result(120)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from driver import left_behind
-from engines import Vllm
+from engines import Vllm, unchanged_environment
 from tiny import make_tiny_model
 
 from slurmkit.config.model import VllmCfg
@@ -91,7 +91,8 @@ def test_an_engine_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path) 
 
 
 def test_heads_of_a_width_without_a_kernel_are_refused_before_anything_is_started(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"heads are 16 wide \(head_dim\): on a CPU, vLLM has kernels for 32, 64, "):
+    message = r"heads are 16 wide \(head_dim\): on a CPU, vLLM has kernels for 32, 64, "
+    with unchanged_environment(), pytest.raises(ValueError, match=message):
         VllmEngine(str(make_tiny_model(tmp_path / "model")), **SETTINGS)
 
 
