@@ -43,7 +43,7 @@ class Actor:
         try:
             while not (await asyncio.wait([called], timeout=every))[0]:
                 if not self.is_placed():
-                    raise NodeFailure(f"{self.name} cannot be started again: its node is gone")
+                    raise NodeFailure(f"{self.name} died and cannot be started again: its node is gone")
             return called.result()
         finally:
             called.cancel()

@@ -39,6 +39,7 @@ class Bundle:
     """One node's part of the placement group."""
 
     index: int
+    node_id: str
     address: str
 
 
@@ -169,7 +170,7 @@ def start_actors(
         )
         timeout = config.cluster.call_timeout_seconds
         ranks.append(Actor(f"policy rank {rank} on node {bundle.address}", worker, timeout))
-        is_placed = partial(_is_alive, bundle.address)
+        is_placed = partial(_is_alive, bundle.node_id)
         engines.append(Actor(f"engine {rank} on node {bundle.address}", make(), timeout, make, is_placed))
         addresses.append(bundle.address)
     policy = Policy(
@@ -198,12 +199,12 @@ def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:
         )
     address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes()}
     placed = placement_group_table(group)["bundles_to_node_id"]
-    bundles = [Bundle(index, address_of[node]) for index, node in placed.items()]
+    bundles = [Bundle(index, node, address_of[node]) for index, node in placed.items()]
     return group, sorted(bundles, key=lambda found: ipaddress.ip_address(found.address))
 
 
-def _is_alive(address: str) -> bool:
-    return any(node["Alive"] for node in _nodes() if node["NodeManagerAddress"] == address)
+def _is_alive(node_id: str) -> bool:
+    return any(node["Alive"] for node in _nodes() if node["NodeID"] == node_id)
 
 
 def _nodes() -> list[dict[str, Any]]:
