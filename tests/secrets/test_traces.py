@@ -122,7 +122,7 @@ def test_secrets_reach_the_driver_and_ray_s_workers_and_leave_no_trace(
     for source, sign in (
         ("actors", b"PolicyWorker"),
         ("jobs", b"slurmkit.grpo"),
-        ("tasks", b"generate"),
+        ("tasks", b"collect"),
         ("workers", b"raylet"),
         ("nodes", b"node2"),
         ("key-value store", b"session_name"),
