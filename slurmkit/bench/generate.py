@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,11 @@ def _prompts(settings: Settings) -> list[tuple[int, ...]]:
     return [tuple(rng.integers(256, size=settings.prompt_tokens).tolist()) for _ in range(settings.batch)]
 
 
-def _requests(settings: Settings, number: int) -> dict[int, Request]:
+def _requests(prompts: Sequence[tuple[int, ...]], settings: Settings, number: int) -> dict[int, Request]:
     first = number * settings.batch
     return {
         first + index: Request(prompt, SamplingParams(1.0, settings.new_tokens, seed=first + index))
-        for index, prompt in enumerate(_prompts(settings))
+        for index, prompt in enumerate(prompts)
     }
 
 
@@ -117,10 +117,10 @@ def _transformers(folder: Path, settings: Settings) -> _Round:
 
 
 def _torch(folder: Path, settings: Settings) -> _Round:
-    engine = TorchEngine(str(folder), **_engine_arguments(settings))
+    engine, prompts = TorchEngine(str(folder), **_engine_arguments(settings)), _prompts(settings)
 
     async def sample(number: int) -> int:
-        engine.submit(_requests(settings, number))
+        engine.submit(_requests(prompts, settings, number))
         return sum(len(completion.token_ids) for completion in engine.collect().values())
 
     return sample
@@ -128,9 +128,10 @@ def _torch(folder: Path, settings: Settings) -> _Round:
 
 def _vllm(folder: Path, settings: Settings) -> _Round:
     engine = VllmEngine(str(folder), temporary=str(folder), **_engine_arguments(settings))
+    prompts = _prompts(settings)
 
     async def sample(number: int) -> int:
-        await engine.submit(_requests(settings, number))
+        await engine.submit(_requests(prompts, settings, number))
         lengths: list[int] = []
         while len(lengths) < settings.batch:
             lengths += [len(completion.token_ids) for completion in (await engine.collect()).values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy
 from numpy.typing import NDArray
@@ -60,6 +60,19 @@ class Completion:
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.token_ids)} tokens with {len(self.logprobs)} logprobs")
+
+
+def completion_of(
+    tokenizer: Any, token_ids: list[int], logprobs: list[float], reason: FinishReason, weight_version: int
+) -> Completion:
+    """What an engine sampled, with the text that it says."""
+    return Completion(
+        token_ids=numpy.array(token_ids, numpy.int32),
+        logprobs=numpy.array(logprobs, numpy.float32),
+        text=tokenizer.decode(token_ids, skip_special_tokens=True),
+        finish_reason=reason,
+        weight_version=weight_version,
+    )
 
 
 class Engine(Protocol):

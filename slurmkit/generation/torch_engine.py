@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams
+from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams, completion_of
 from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest, digest
 
 
@@ -155,13 +155,7 @@ class TorchEngine:
         return token_B
 
     def _completion(self, token_ids: list[int], logprobs: list[float], reason: FinishReason) -> Completion:
-        return Completion(
-            token_ids=numpy.array(token_ids, numpy.int32),
-            logprobs=numpy.array(logprobs, numpy.float32),
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
-            finish_reason=reason,
-            weight_version=self._version,
-        )
+        return completion_of(self._tokenizer, token_ids, logprobs, reason, self._version)
 
     def _reason(self, row: _Row) -> FinishReason | None:
         if row.token_ids and row.token_ids[-1] == self._eos_id:

@@ -8,14 +8,13 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-import numpy
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slurmkit.config.model import VllmCfg
 from slurmkit.errors import NodeFailure
 from slurmkit.generation import vllm_worker
-from slurmkit.generation.engine import Completion, FinishReason, Request
+from slurmkit.generation.engine import Completion, Request, completion_of
 from slurmkit.generation.nameless import remove_names
 from slurmkit.generation.network import use_interface_of
 from slurmkit.generation.shared_tensors import SharedTensors
@@ -141,7 +140,7 @@ class VllmEngine:
     async def _complete(self, ticket: int, request: Request) -> Completion:
         room = self._max_total_length - len(request.prompt_ids)
         if room < 1:
-            return self._completion([], [], "prompt_too_long", self._version)
+            return completion_of(self._tokenizer, [], [], "prompt_too_long", self._version)
         sampling, version, last = request.sampling, self._version, None
         params = self._sampling_params(
             temperature=sampling.temperature,
@@ -161,18 +160,7 @@ class VllmEngine:
         if last is None or last.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request with {last and last.finish_reason}")
         logprobs = [found[token].logprob for token, found in zip(last.token_ids, last.logprobs, strict=True)]
-        return self._completion(list(last.token_ids), logprobs, last.finish_reason, version)
-
-    def _completion(
-        self, token_ids: list[int], logprobs: list[float], reason: FinishReason, version: int
-    ) -> Completion:
-        return Completion(
-            token_ids=numpy.array(token_ids, numpy.int32),
-            logprobs=numpy.array(logprobs, numpy.float32),
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
-            finish_reason=reason,
-            weight_version=version,
-        )
+        return completion_of(self._tokenizer, list(last.token_ids), logprobs, last.finish_reason, version)
 
 
 def _check_head_size(config: Any) -> None:
