@@ -18,10 +18,10 @@ def completion(
     reason: FinishReason = "stop",
     *,
     text: str = "1",
-    version: int = 0,
+    versions: int | Sequence[int] = 0,
 ) -> Completion:
     arrays = numpy.array(token_ids, numpy.int32), numpy.array(logprobs, numpy.float32)
-    return Completion(*arrays, text, reason, version)
+    return Completion(*arrays, text, reason, numpy.full(len(token_ids), versions, numpy.int32))
 
 
 def episode(

@@ -133,7 +133,7 @@ def _completion(settings: Settings, rng: Random) -> Completion:
     length = rng.randint(1, 2 * settings.tokens - 1)
     token_ids = numpy.array([rng.randrange(256) for _ in range(length)], numpy.int32)
     logprobs = numpy.array([-rng.random() for _ in range(length)], numpy.float32)
-    return Completion(token_ids, logprobs, "a reply", "length", 0)
+    return Completion(token_ids, logprobs, "a reply", "length", numpy.zeros(length, numpy.int32))
 
 
 class _Domain:

@@ -83,6 +83,19 @@ class RewardShaping(Section):
         return self
 
 
+class AsyncGrpo(Section):
+    """Sample for the next steps while one is trained on."""
+
+    enabled: bool = False
+    """Begin rollouts early. The loss must correct for older weights: loss_fn.use_importance_sampling_correction."""
+    max_trajectory_age_steps: Annotated[int, Field(ge=0)] = 1
+    """Steps that a rollout may begin early, so that its tokens are at most so many steps older than the policy that
+    trains on them; 0 is synchronous."""
+    in_flight_weight_updates: bool = False
+    """With vLLM: completions under way go on with new weights as soon as there are some, each token remembering its
+    own; false finishes them with the old ones first."""
+
+
 class Grpo(Section):
     num_prompts_per_step: Count = 32
     """Tasks that a step draws."""
@@ -110,6 +123,8 @@ class Grpo(Section):
     """With dynamic sampling: a batch is this many times num_prompts_per_step tasks; what is too much is discarded."""
     overlong_filtering: bool = False
     """Truncated replies count in their group's statistics and leave the loss."""
+    async_grpo: AsyncGrpo = AsyncGrpo()
+    """Asynchronous training."""
     reward_scaling: RewardScaling = RewardScaling()
     """Linear, before shaping."""
     reward_shaping: RewardShaping = RewardShaping()
@@ -189,6 +204,16 @@ class Grpo(Section):
                 "leaves them out: it must be at least 1"
             )
         return self
+
+    @property
+    def max_age(self) -> int:
+        """Steps that a rollout may begin before its own; 0 in synchronous training."""
+        return self.async_grpo.max_trajectory_age_steps if self.async_grpo.enabled else 0
+
+    @property
+    def updates_in_flight(self) -> bool:
+        """Whether completions under way go on with new weights."""
+        return self.max_age > 0 and self.async_grpo.in_flight_weight_updates
 
     @property
     def tasks_per_batch(self) -> int:

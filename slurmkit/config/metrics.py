@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _ROLLOUT = (
     *("reward_mean", "accuracy", "truncated_fraction", "groups_with_signal", "broken_episodes", "prompts_too_long"),
     *(f"{part}_tokens_{figure}" for part in ("prompt", "completion", "sequence") for figure in ("mean", "max")),
-    *("total_tokens", "tokens_without_logprob", "gen_batches", "discarded_groups"),
+    *("total_tokens", "tokens_without_logprob", "gen_batches", "discarded_groups", "age_mean", "age_max"),
 )
 _UPDATE = (
     *("loss", "policy_loss", "grad_norm", "lr", "entropy", "approx_kl", "trained_tokens", "peak_memory_gib"),
@@ -26,7 +26,7 @@ _PHASES = ("rollout", "update", "weights", "other", "step")
 _RATES = (
     *("samples_per_sec_per_gpu", "tokens_per_sec_per_gpu", "generation_tokens_per_sec_per_gpu"),
     *("policy_training_tokens_per_sec_per_gpu", "training_worker_group_tokens_per_sec_per_gpu"),
-    "train_tflops_per_gpu",
+    *("train_tflops_per_gpu", "trainer_idle", "engines_idle"),
 )
 
 

@@ -165,6 +165,24 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _what_is_sampled_early_is_corrected_for(self) -> Self:
+        asynchronous, backend = self.grpo.async_grpo, self.policy.generation.backend
+        if self.grpo.max_age and not self.loss_fn.needs_prev_logprobs:
+            off, right = "use_importance_sampling_correction false", "true"
+            if self.loss_fn.force_on_policy_ratio:
+                off, right = "force_on_policy_ratio true", "false"
+            raise ValueError(
+                f"grpo.async_grpo.enabled true with max_trajectory_age_steps {self.grpo.max_age} trains on tokens of "
+                f"older weights, for which loss_fn.{off} does not correct: set it to {right}"
+            )
+        if asynchronous.enabled and asynchronous.in_flight_weight_updates and backend != "vllm":
+            raise ValueError(
+                f"grpo.async_grpo.in_flight_weight_updates true needs policy.generation.backend vllm, and it is "
+                f"{backend}, which finishes what it samples first: set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _checkpoints_are_judged_by_what_there_is(self) -> Self:
         name = self.checkpointing.metric_name
         if name is not None and name not in (there := computed(self)):

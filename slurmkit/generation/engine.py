@@ -43,35 +43,38 @@ class Completion:
 
     `logprobs` are natural logarithms under the distribution that was sampled from, temperature and truncation included;
     NaN where the engine could not tell. `text` is what the tokens say, without special tokens: engines are many, and
-    the driver, who would otherwise decode for all of them, is one. `weight_version` counts the updates that the weights
-    had seen.
+    the driver, who would otherwise decode for all of them, is one. `weight_versions` counts for each token the updates
+    that its weights had seen.
 
     Example: Completion(
         token_ids=numpy.array([49, 50, 257], numpy.int32), logprobs=numpy.array([-0.3, -1.2, -0.01], numpy.float32),
-        text="12", finish_reason="stop", weight_version=4)
+        text="12", finish_reason="stop", weight_versions=numpy.array([4, 4, 5], numpy.int32))
     """
 
     token_ids: NDArray[numpy.int32]
     logprobs: NDArray[numpy.float32]
     text: str
     finish_reason: FinishReason
-    weight_version: int
+    weight_versions: NDArray[numpy.int32]
 
     def __post_init__(self) -> None:
-        if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(f"{len(self.token_ids)} tokens with {len(self.logprobs)} logprobs")
+        if not len(self.token_ids) == len(self.logprobs) == len(self.weight_versions):
+            raise ValueError(
+                f"{len(self.token_ids)} tokens with {len(self.logprobs)} logprobs and {len(self.weight_versions)} "
+                "versions"
+            )
 
 
 def completion_of(
-    tokenizer: Any, token_ids: list[int], logprobs: list[float], reason: FinishReason, weight_version: int
+    tokenizer: Any, token_ids: list[int], logprobs: list[float], reason: FinishReason, versions: int | list[int]
 ) -> Completion:
-    """What an engine sampled, with the text that it says."""
+    """What an engine sampled, with the text that it says; `versions` of each token, or of all."""
     return Completion(
         token_ids=numpy.array(token_ids, numpy.int32),
         logprobs=numpy.array(logprobs, numpy.float32),
         text=tokenizer.decode(token_ids, skip_special_tokens=True),
         finish_reason=reason,
-        weight_version=weight_version,
+        weight_versions=numpy.full(len(token_ids), versions, numpy.int32),
     )
 
 
@@ -85,5 +88,5 @@ class Engine(Protocol):
         """What has been finished since the last time, by ticket; waits until something is."""
 
     def load(self, weights: Weights | SharedWeights) -> None:
-        """Take over new weights, while nothing is under way. ValueError where they are not this model's; then nothing
-        has changed."""
+        """Take over new weights. What is under way is finished with the old ones first, or, in an engine that was made
+        so, goes on with the new ones. ValueError where they are not this model's; then nothing has changed."""

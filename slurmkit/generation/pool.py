@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class _Slot:
     in_flight: dict[int, _Asked] = field(default_factory=dict)
     restarts: int = 0
     restarting: asyncio.Task[None] | None = None
+    busy_since: float | None = None
 
 
 class EnginePool:
@@ -64,12 +66,21 @@ class EnginePool:
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loaded: Sequence[object] | None = None
+        self._lies_still = asyncio.Event()
+        self._lies_still.set()
+        self._busy_seconds = 0.0
         self._failure: Exception | None = None
 
     @property
     def restarts(self) -> int:
         """How many engines have been started again so far."""
         return sum(slot.restarts for slot in self._slots)
+
+    def busy_seconds(self) -> float:
+        """How long engines have had something to do so far: a mean over them."""
+        now = time.perf_counter()
+        running = sum(now - slot.busy_since for slot in self._slots if slot.busy_since is not None)
+        return (self._busy_seconds + running) / len(self._slots)
 
     async def __aenter__(self) -> EnginePool:
         self._start(self._share_out())
@@ -98,12 +109,19 @@ class EnginePool:
 
         `make` makes them in the place of the last ones, so first whoever is still reading those ends.
         """
-        await asyncio.gather(*(slot.restarting for slot in self._slots if slot.restarting is not None))
-        self._loaded = await make()
+        while restarting := [slot.restarting for slot in self._slots if slot.restarting is not None]:
+            await asyncio.gather(*restarting)
+        self._lies_still.clear()
+        try:
+            self._loaded = await make()
+        finally:
+            self._lies_still.set()
         await together(*(self._load(slot) for slot in self._slots))
 
     async def _load(self, slot: _Slot) -> None:
         assert self._loaded is not None
+        if slot.restarting is not None:
+            await slot.restarting
         try:
             await slot.engine.call("load", self._loaded[slot.number])
         except NodeFailure as error:
@@ -148,6 +166,7 @@ class EnginePool:
     async def _work(self, slot: _Slot) -> None:
         """Pass on what an engine finishes for as long as it has something to do."""
         restarts = slot.restarts
+        slot.busy_since = since = time.perf_counter()
         try:
             while slot.in_flight:
                 finished: Mapping[int, Completion] = await slot.engine.call("collect")
@@ -160,6 +179,10 @@ class EnginePool:
                 self._changed.set()
         except Exception as error:
             self._fail(slot, restarts, error)
+        finally:
+            self._busy_seconds += time.perf_counter() - since
+            if slot.busy_since == since:
+                slot.busy_since = None
 
     def _fail(self, slot: _Slot, restarts: int, error: Exception) -> None:
         """An engine that had been started again so often is gone, or has raised."""
@@ -179,6 +202,7 @@ class EnginePool:
             self._say(f"{error}: started again, for the {slot.restarts}. time of {self._max_restarts}")
             try:
                 slot.engine.restart()
+                await self._lies_still.wait()
                 # The first call waits until it is there.
                 call = ("submit", {}) if self._loaded is None else ("load", self._loaded[slot.number])
                 await slot.engine.call_while_placed(*call, every=_ALIVE_SECONDS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
@@ -40,11 +41,12 @@ class VllmEngine:
         address: str = "127.0.0.1",
         temporary: str | None = None,
         settings: VllmCfg | None = None,
+        in_flight_weight_updates: bool = False,
     ) -> None:
         """Start vLLM with the model of a folder. `max_total_length` counts prompt and completion, in tokens.
 
-        `address` is the node's own, `temporary` a folder that somebody removes. ValueError where vLLM cannot run the
-        model on this device.
+        `address` is the node's own, `temporary` a folder that somebody removes. With `in_flight_weight_updates`, what
+        is under way goes on with new weights. ValueError where vLLM cannot run the model on this device.
         """
         settings = settings or VllmCfg()
         _prepare(device, threads, address, temporary)
@@ -85,7 +87,9 @@ class VllmEngine:
         )
         remove_names()
         self._sampling_params = SamplingParams
-        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._in_flight = in_flight_weight_updates
+        # Only who is told of each token at once knows which weights it is of.
+        self._output_kind = RequestOutputKind.DELTA if in_flight_weight_updates else RequestOutputKind.FINAL_ONLY
         self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self._eos_id = int(self._tokenizer.eos_token_id)
         with torch.device("meta"):
@@ -98,6 +102,9 @@ class VllmEngine:
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._sampling: set[asyncio.Future[None]] = set()
+        self._may_begin = asyncio.Event()
+        self._may_begin.set()
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         for ticket, request in requests.items():
@@ -121,27 +128,51 @@ class VllmEngine:
         else:
             check_manifest(self._manifest, {entry.name: entry for entry in weights.table})
         told = (weights.path, weights.table, weights.digest is not None)
-        for arrived in await self._llm.collective_rpc("slurmkit_load", args=told):
-            if arrived is not None:
-                check_digest(weights, arrived)
-        # What it holds was computed with the old weights.
-        await self._llm.reset_prefix_cache()
-        self._version = weights.version
+        async with self._nothing_sampled():
+            for arrived in await self._llm.collective_rpc("slurmkit_load", args=told):
+                if arrived is not None:
+                    check_digest(weights, arrived)
+            # What it holds was computed with the old weights.
+            await self._llm.reset_prefix_cache()
+            self._version = weights.version
+
+    @asynccontextmanager
+    async def _nothing_sampled(self) -> AsyncIterator[None]:
+        """What is under way is finished, or with in-flight updates halted, before this begins; the rest waits."""
+        self._may_begin.clear()
+        is_halted = self._in_flight and bool(self._sampling)
+        try:
+            if is_halted:
+                # With nothing left in the cache, what was computed with the old weights is computed again.
+                await self._llm.pause_generation(mode="keep", clear_cache=True)
+            elif self._sampling:
+                await asyncio.wait(self._sampling)
+            yield
+        finally:
+            if is_halted:
+                await self._llm.resume_generation()
+            self._may_begin.set()
 
     async def _follow(self, ticket: int, request: Request) -> None:
         """One request from its start to its end; its failure is the engine's."""
+        done = asyncio.get_running_loop().create_future()
         try:
+            await self._may_begin.wait()
+            self._sampling.add(done)
             self._finished[ticket] = await self._complete(ticket, request)
         except Exception as error:
             is_dead = type(error).__name__ == "EngineDeadError"
             self._failure = NodeFailure(f"vLLM's processes died: {error}") if is_dead else error
+        finally:
+            self._sampling.discard(done)
+            done.set_result(None)
         self._changed.set()
 
     async def _complete(self, ticket: int, request: Request) -> Completion:
         room = self._max_total_length - len(request.prompt_ids)
         if room < 1:
             return completion_of(self._tokenizer, [], [], "prompt_too_long", self._version)
-        sampling, version, last = request.sampling, self._version, None
+        sampling = request.sampling
         params = self._sampling_params(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -152,15 +183,19 @@ class VllmEngine:
             stop_token_ids=[self._eos_id],
             ignore_eos=True,  # of what the model's folder calls so
             detokenize=False,
-            output_kind=self._final_only,
+            output_kind=self._output_kind,
         )
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        token_ids, logprobs, versions, reason = list[int](), list[float](), list[int](), None
         async for output in self._llm.generate(prompt, params, request_id=str(ticket)):
-            last = output.outputs[0]
-        if last is None or last.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a request with {last and last.finish_reason}")
-        logprobs = [found[token].logprob for token, found in zip(last.token_ids, last.logprobs, strict=True)]
-        return completion_of(self._tokenizer, list(last.token_ids), logprobs, last.finish_reason, version)
+            found = output.outputs[0]
+            token_ids += found.token_ids
+            logprobs += (known[token].logprob for token, known in zip(found.token_ids, found.logprobs, strict=True))
+            versions += [self._version] * len(found.token_ids)
+            reason = found.finish_reason
+        if reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a request with {reason}")
+        return completion_of(self._tokenizer, token_ids, logprobs, reason, versions)
 
 
 def _check_head_size(config: Any) -> None:

@@ -156,6 +156,7 @@ def start_actors(
         if generation.backend == "vllm":
             kind = VllmEngine
             own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
+            own["in_flight_weight_updates"] = config.grpo.updates_in_flight
         make = partial(
             ray.remote(kind).options(**options).remote,
             str(model_path),

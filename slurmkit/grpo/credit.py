@@ -55,7 +55,7 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
             group_id=group_id,
             rollout_id=rollout_id,
             temperature=episode.temperature,
-            weight_version=episode.completion.weight_version,
+            weight_version=int(episode.completion.weight_versions[0]),
             finish_reason=episode.completion.finish_reason,
         )
         for (group_id, rollout_id, episode), start, end in zip(places, [0, *ends], ends, strict=False)

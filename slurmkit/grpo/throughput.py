@@ -84,14 +84,23 @@ class Gauge:
 
     def __init__(self, config: TrainConfig, description: Description) -> None:
         self._gpus = config.num_ranks
+        self._sampling_phase = "step" if config.grpo.max_age else "rollout"
         self._shape = description.shape
         told = config.cluster.peak_tflops_per_gpu
         self._peak = told * 1e12 if told is not None else peak_flops(description.device)
 
     def read(
-        self, groups: Sequence[Group], updates: Sequence[OptimizerStep], metrics: Mapping[str, float]
+        self,
+        groups: Sequence[Group],
+        updates: Sequence[OptimizerStep],
+        metrics: Mapping[str, float],
+        *,
+        engines_busy: float,
     ) -> dict[str, float]:
-        """Lengths of what was generated and what that makes per second and GPU; `metrics` has the phases' seconds."""
+        """Lengths of what was generated and what that makes per second and GPU.
+
+        `metrics` has the phases' seconds; `engines_busy` are those of the step in which an engine had something to do.
+        """
         episodes = [episode for group in groups for episode in group.episodes]
         if not episodes:
             return {}
@@ -108,7 +117,9 @@ class Gauge:
 
         found["perf:samples_per_sec_per_gpu"] = rate(len(episodes), "step")
         found["perf:tokens_per_sec_per_gpu"] = rate(sum(totals), "step")
-        found["perf:generation_tokens_per_sec_per_gpu"] = rate(sum(totals), "rollout")
+        found["perf:generation_tokens_per_sec_per_gpu"] = rate(sum(totals), self._sampling_phase)
+        found["perf:trainer_idle"] = metrics["time:rollout"] / metrics["time:step"]
+        found["perf:engines_idle"] = max(0.0, 1 - engines_busy / metrics["time:step"])
         if "time:logprobs" in metrics:
             found["perf:logprobs_tokens_per_sec_per_gpu"] = rate(sum(totals), "logprobs")
         if updates:

@@ -19,6 +19,7 @@ from slurmkit.envs.environment import Domain, Task
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.pool import EnginePool
+from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
 from slurmkit.grpo.causal_lm import check_model
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState, weights_digest
@@ -32,7 +33,7 @@ from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.resume import starting_point
 from slurmkit.grpo.rewards import shaped_group
 from slurmkit.grpo.saving import Saver
-from slurmkit.grpo.selection import NothingToLearn, Selection, select, without_truncated
+from slurmkit.grpo.selection import NothingToLearn, without_truncated
 from slurmkit.grpo.throughput import Gauge
 from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
@@ -153,7 +154,15 @@ class Trainer:
         # tenth of the driver's time.
         gc.set_threshold(50_000, 10, 10)
         try:
-            await self.make_steps()
+            rollouts = Rollouts(
+                self.play_step,
+                self.order,
+                self.config.grpo,
+                last_step=self.last_step,
+                num_tasks=self.config.grpo.max_num_epochs * len(self.domain.train_tasks),
+            )
+            async with rollouts:
+                await self.make_steps(rollouts)
             await self.saver.settle()
         except Interrupted:
             await self.leave()
@@ -168,18 +177,21 @@ class Trainer:
             await self.saver.settle()
             raise
 
-    async def make_steps(self) -> None:
+    async def make_steps(self, rollouts: Rollouts) -> None:
         """A step that has begun to change the weights is finished whatever happens; until then it can be dropped."""
         if self.state.step == 0 and self.config.grpo.val_at_start:
             self.state = replace(self.state, metrics=await self.interrupts.unless(self.validate(0)))
             self.log.write(0, self.state.metrics)
             self.plots.redraw()
-        while not self.is_over():
+        while not self.is_over(rollouts):
             step = self.state.step + 1
             metrics: dict[str, float] = {}
+            busy = self.pool.busy_seconds()
             with whole_step(metrics):
                 with timed(metrics, "time:rollout"):
-                    selection = await self.interrupts.unless(self.rollout(step))
+                    selection = await self.interrupts.unless(rollouts.of(step, self.state.updates))
+                for remark in selection.remarks():
+                    say(f"step {step}: {remark}")
                 groups = [shaped_group(group, self.config.grpo) for group in selection.kept]
                 samples = make_samples(groups)
                 if self.config.loss_fn.needs_prev_logprobs or self.config.loss_fn.needs_reference_logprobs:
@@ -195,15 +207,16 @@ class Trainer:
                     num_ranks=self.config.num_data_parallel_ranks,
                     loss_fn=self.config.loss_fn,
                 )
-                metrics |= selection.metrics(kept_metrics)
+                metrics |= selection.metrics(kept_metrics) | rollouts.ages(selection.kept, step)
                 if updates:
                     with timed(metrics, "time:update"):
                         metrics |= await self.update(updates, step)
                     with timed(metrics, "time:weights"):
                         await self.pool.load(self.policy.put_weights)
                 metrics |= {"train:engine_restarts": float(self.pool.restarts), **self.saver.check()}
-                saving = self.due_to_save(step)
-                validating = self.due_to_validate(step, saving)
+                is_last = self.is_last(step, rollouts)
+                saving = self.due_to_save(step, is_last)
+                validating = self.due_to_validate(step, saving, is_last)
                 if validating:
                     with timed(metrics, "time:validation"):
                         metrics |= await self.validate(step)
@@ -213,7 +226,7 @@ class Trainer:
                 self.state = replace(
                     self.state,
                     step=step,
-                    position=self.order.position,
+                    position=rollouts.position,
                     updates=self.state.updates + len(updates),
                     steps_without_signal=0 if has_signal else self.state.steps_without_signal + 1,
                     metrics=metrics,
@@ -221,7 +234,8 @@ class Trainer:
                 if saving:
                     with timed(metrics, "time:checkpoint"):
                         metrics |= await self.saver.copy(self.state)
-            metrics |= self.gauge.read(selection.generated, updates, metrics)
+            busy = self.pool.busy_seconds() - busy
+            metrics |= self.gauge.read(selection.generated, updates, metrics, engines_busy=busy)
             self.log.write(step, metrics)
             if saving:
                 self.log.flush()
@@ -251,17 +265,10 @@ class Trainer:
             await self.saver.settle()
         return True
 
-    async def rollout(self, step: int) -> Selection:
-        """The step's groups: further tasks, each played by a group of episodes."""
-
-        async def play(count: int, before: int) -> list[Group]:
-            episodes = self.config.grpo.num_generations_per_prompt
-            return await self.play(self.order.draw(count), episodes, (_TRAINING, step), first=before * episodes)
-
-        selection = await select(play, self.config.grpo)
-        for remark in selection.remarks():
-            say(f"step {step}: {remark}")
-        return selection
+    async def play_step(self, step: int, tasks: Sequence[Task], before: int) -> list[Group]:
+        """Groups of a step that has had `before` tasks already."""
+        episodes = self.config.grpo.num_generations_per_prompt
+        return await self.play(tasks, episodes, (_TRAINING, step), first=before * episodes)
 
     async def score(self, samples: list[Sample]) -> list[Sample]:
         """The samples with those logprobs that the loss asks for: the policy's own, and the reference model's."""
@@ -324,7 +331,7 @@ class Trainer:
             environment_timeout_seconds=self.config.env.timeout_seconds,
         )
 
-    def is_over(self) -> bool:
+    def is_over(self, rollouts: Rollouts) -> bool:
         """Whether the last finished step is the run's last. Says so where that was not known from the start."""
         step, grpo = self.state.step, self.config.grpo
         if is_good_enough(self.state.metrics, grpo):
@@ -334,27 +341,26 @@ class Trainer:
                 f"grpo.stop_at_validation_threshold {grpo.stop_at_validation_threshold:g}: the run ends here"
             )
             return True
-        if self.is_last(step) and step < self.last_step:
+        is_last = self.is_last(step, rollouts)
+        if is_last and step < self.last_step:
             say(f"step {step}: the tasks of grpo.max_num_epochs {grpo.max_num_epochs} are used up: the run ends here")
-        return self.is_last(step)
+        return is_last
 
-    def is_last(self, step: int) -> bool:
+    def is_last(self, step: int, rollouts: Rollouts) -> bool:
         """Whether no step follows `step`, which has drawn its tasks; dynamic sampling draws no fixed number of them."""
-        grpo = self.config.grpo
-        left = grpo.max_num_epochs * len(self.domain.train_tasks) - self.order.position
-        return step >= self.last_step or left < grpo.tasks_per_batch
+        return step >= self.last_step or rollouts.are_used_up
 
-    def due_to_save(self, step: int) -> bool:
+    def due_to_save(self, step: int, is_last: bool) -> bool:
         checkpointing = self.config.checkpointing
-        on_schedule = step % checkpointing.save_period == 0 or self.is_last(step)
+        on_schedule = step % checkpointing.save_period == 0 or is_last
         return checkpointing.enabled and (self.saver.deadline.is_near() or on_schedule)
 
-    def due_to_validate(self, step: int, saving: bool) -> bool:
+    def due_to_validate(self, step: int, saving: bool, is_last: bool) -> bool:
         """On schedule, or because the checkpoint about to be saved is judged by it."""
         grpo, judged_by = self.config.grpo, self.config.checkpointing.metric_name or ""
         return (
             (grpo.val_period > 0 and step % grpo.val_period == 0)
-            or (grpo.val_at_end and self.is_last(step))
+            or (grpo.val_at_end and is_last)
             or (saving and judged_by.startswith("val:"))
         )
 

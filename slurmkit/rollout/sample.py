@@ -16,7 +16,8 @@ class Sample:
 
     `loss_mask` is true where the policy chose the token, false for prompts, tool output and template glue. `logprobs`
     are those of the distribution that was sampled from (0 where the mask is false); `advantage` is repeated per token
-    so that later turns may earn differently. Samples of one episode share its `rollout_id`.
+    so that later turns may earn differently. Samples of one episode share its `rollout_id`. `weight_version` is the
+    oldest of the tokens'.
 
     Example, a prompt of two tokens answered by two, in a group where this answer was better than most:
 

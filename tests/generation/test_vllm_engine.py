@@ -12,14 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from driver import left_behind
 from engines import Vllm, unchanged_environment
 from tiny import make_tiny_model
+from transformers import AutoModelForCausalLM
 
 from slurmkit.config.model import VllmCfg
 from slurmkit.errors import NodeFailure
 from slurmkit.generation.engine import Completion, Request, SamplingParams
 from slurmkit.generation.vllm_engine import VllmEngine
+from slurmkit.generation.weights import Weights
 
 SETTINGS = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8}
 # Starts an engine where a folder of its own takes what vLLM writes, says so, and waits.
@@ -35,8 +38,11 @@ if __name__ == "__main__":
 """
 
 
+SHAPE = {"max_length": 320, "num_attention_heads": 1, "num_key_value_heads": 1}
+
+
 def make_model(folder: Path) -> Path:
-    return make_tiny_model(folder, max_length=320, num_attention_heads=1, num_key_value_heads=1)
+    return make_tiny_model(folder, **SHAPE)
 
 
 def processes_of(pid: int) -> list[psutil.Process]:
@@ -67,6 +73,46 @@ def test_a_short_request_is_answered_while_a_long_one_is_under_way_and_a_dead_pr
 
     with pytest.raises(NodeFailure, match="vLLM's processes died"):
         vllm.do(ask_and_kill())
+    vllm.end()
+
+
+@torch.inference_mode()
+def logprobs_of(model: Path, request: Request, completion: Completion) -> torch.Tensor:
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+    logprobs = torch.log_softmax(reference(input_ids=ids).logits[0], dim=-1)[len(request.prompt_ids) - 1 : -1]
+    return logprobs.gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("in_flight", [True, False])
+def test_what_is_under_way_goes_on_with_new_weights_or_is_finished_with_the_old_ones_as_asked(
+    tmp_path: Path, in_flight: bool
+) -> None:
+    old, new = make_model(tmp_path / "old"), make_tiny_model(tmp_path / "new", seed=1, **SHAPE)
+    weights = Weights(7, AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32).state_dict())
+    vllm = Vllm(old, **SETTINGS, in_flight_weight_updates=in_flight)
+    # More than run at once.
+    requests = [Request((1, 2, number), SamplingParams(1.0, 300, number)) for number in range(12)]
+
+    async def ask() -> dict[int, Completion]:
+        await vllm.engine.submit(dict(enumerate(requests)))
+        await asyncio.sleep(0.3)
+        await vllm.engine.load(weights)
+        found: dict[int, Completion] = {}
+        while len(found) < len(requests):
+            found |= await vllm.engine.collect()
+        return found
+
+    found = vllm.do(ask())
+    kinds = set()
+    for number, request in enumerate(requests):
+        completion = found[number]
+        own = torch.from_numpy(completion.weight_versions) == 7
+        expected = torch.where(own, logprobs_of(new, request, completion), logprobs_of(old, request, completion))
+        assert completion.logprobs == pytest.approx(expected.numpy(), abs=1e-5)
+        assert sorted(completion.weight_versions) == list(completion.weight_versions)
+        kinds.add(frozenset(completion.weight_versions.tolist()))
+    assert ({0, 7} in kinds) == in_flight, kinds
     vllm.end()
 
 

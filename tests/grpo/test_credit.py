@@ -40,9 +40,9 @@ class Scripted:
     async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
         reply = self._replies.pop(0)
         if reply is None:
-            return completion((), (), "prompt_too_long", text="", version=3)
+            return completion((), (), "prompt_too_long", text="", versions=3)
         ids = self._chat.reply_ids(reply)
-        return completion(ids, (-0.5,) * len(ids), text=reply, version=3)
+        return completion(ids, (-0.5,) * len(ids), text=reply, versions=range(3, 3 + len(ids)))
 
 
 class Breaking(Arithmetic):

@@ -103,7 +103,7 @@ def test_rates_follow_nemo_rls_definitions_and_mfu_prime_rls(tmp_path: Path) -> 
     times = {"time:step": 8.0, "time:rollout": 2.0, "time:update": 4.0, "time:logprobs": 1.0}
     config = tiny_config(tmp_path, cluster={"num_nodes": 2, "gpus_per_node": 0})
     shape = Shape(parameters=1000, layers=2, hidden_size=32)
-    found = Gauge(config, Description(shape, "NVIDIA H100 80GB HBM3")).read(groups, updates, times)
+    found = Gauge(config, Description(shape, "NVIDIA H100 80GB HBM3")).read(groups, updates, times, engines_busy=2.0)
     flops = sum(6 * 1000 * n + 12 * 2 * 32 * n * n for n in (30, 50, 1))
     assert found == pytest.approx(
         {
@@ -120,16 +120,23 @@ def test_rates_follow_nemo_rls_definitions_and_mfu_prime_rls(tmp_path: Path) -> 
             "perf:logprobs_tokens_per_sec_per_gpu": 100 / 1 / 2,
             "perf:policy_training_tokens_per_sec_per_gpu": 81 / 4 / 2,
             "perf:training_worker_group_tokens_per_sec_per_gpu": 81 / 5 / 2,
+            "perf:trainer_idle": 2 / 8,
+            "perf:engines_idle": 6 / 8,
             "perf:train_tflops_per_gpu": flops / 4 / 2 / 1e12,
             "perf:mfu": flops / 4 / 2 / 989e12,
         }
     )
     told = tiny_config(tmp_path, cluster={"gpus_per_node": 0, "peak_tflops_per_gpu": 2.0})
-    assert Gauge(told, Description(shape, "CPU")).read(groups, updates, times)["perf:mfu"] == flops / 4 / 2e12
+    known = Gauge(told, Description(shape, "CPU")).read(groups, updates, times, engines_busy=8.1)
+    assert (known["perf:mfu"], known["perf:engines_idle"]) == (flops / 4 / 2e12, 0)
     unknown = Gauge(config, Description(shape, "CPU"))
-    assert "perf:mfu" not in unknown.read(groups, updates, times)
-    assert "perf:train_tflops_per_gpu" not in unknown.read(groups, [], times)
-    assert unknown.read([], [], times) == {}
+    assert "perf:mfu" not in unknown.read(groups, updates, times, engines_busy=2.0)
+    assert "perf:train_tflops_per_gpu" not in unknown.read(groups, [], times, engines_busy=2.0)
+    assert unknown.read([], [], times, engines_busy=2.0) == {}
+    asynchronous = {"async_grpo": {"enabled": True}}
+    config = tiny_config(tmp_path, grpo=asynchronous, loss_fn={"use_importance_sampling_correction": True})
+    sampling = Gauge(config, Description(shape, "CPU")).read(groups, updates, times, engines_busy=2.0)
+    assert sampling["perf:generation_tokens_per_sec_per_gpu"] == 100 / 8
 
 
 def test_a_gpus_peak_is_known_by_its_name() -> None:
