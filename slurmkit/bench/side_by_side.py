@@ -3,8 +3,9 @@
 What is alike: the folder of the model, the order of the tasks (not shuffled), completions per step, the limit on their
 length, temperature 1 without top-p or top-k, float32, AdamW and its settings, the norm gradients are clipped to, the
 ratio clip, one update per step, token-level loss (DAPO's), advantages by the group's standard deviation, no KL, no
-reference model, as many full-length sequences in a micro-batch, cores and threads. Activation checkpointing is off on
-both sides; nothing is logged elsewhere, saved or validated.
+reference model, as many sequences in a micro-batch (slurmkit, which packs them, is given the tokens that so many have
+in the mean), cores and threads. Activation checkpointing is off on both sides; nothing is logged elsewhere, saved or
+validated.
 
 What is not: slurmkit is its whole path (`slurmkit run`: the driver, Ray, FSDP2 on one rank, an engine in a process of
 its own), TRL one process. slurmkit packs what TRL pads, leaves out samples whose advantage is 0, and measures ratios
@@ -52,7 +53,7 @@ _LEARNING_RATES = {"tiny": 1e-3, "0.4M": 2e-4, "20M": 2e-5}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is compared. `micro_batch` counts sequences of full length, `mean_dots` is about the mean completion."""
+    """What is compared. `micro_batch` counts sequences, `mean_dots` is about the mean completion."""
 
     models: Sequence[str] = ("0.4M", "20M")
     seeds: Sequence[int] = (1, 2, 3)
@@ -164,7 +165,7 @@ def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path)
         "policy": {
             "model_name": str(start / "model"),
             "train_global_batch_size": completions,
-            "train_micro_batch_size": settings.micro_batch,
+            "sequence_packing": {"train_mb_tokens": _micro_batch_tokens(settings)},
             "max_total_sequence_length": _PROMPT_TOKENS + settings.max_new_tokens,
             "precision": "float32",
             "optimizer": {"kwargs": {"lr": _LEARNING_RATES[name], **_OPTIMIZER}},
@@ -189,6 +190,12 @@ def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path)
         for line in lines
     ]
     return {"steps": steps, **memory}
+
+
+def _micro_batch_tokens(settings: Settings) -> int:
+    # A completion is its dots, the answer and the end token.
+    mean = round(settings.micro_batch * (_PROMPT_TOKENS + settings.mean_dots + 2))
+    return max(mean, _PROMPT_TOKENS + settings.max_new_tokens)
 
 
 def _trl(name: str, settings: Settings, start: Path, seed: int, here: Path, python: Path) -> dict[str, Any]:
