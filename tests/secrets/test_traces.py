@@ -7,10 +7,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -144,9 +146,15 @@ def test_secrets_reach_the_driver_and_ray_s_workers_and_leave_no_trace(
     assert open_to_others(run_dir) == []
 
 
-def open_to_others(folder: Path) -> list[Path]:
-    paths = [folder, *folder.rglob("*")]
-    return [path for path in paths if not path.is_symlink() and path.stat().st_mode & 0o077]
+def open_to_others(folder: Path) -> list[str]:
+    """Files and folders that others may read or change. What the run removes meanwhile is passed over."""
+    found = []
+    for path in (path for parent, _, names in os.walk(folder) for path in (parent, *(f"{parent}/{n}" for n in names))):
+        with suppress(FileNotFoundError):
+            mode = os.lstat(path).st_mode
+            if not stat.S_ISLNK(mode) and mode & 0o077:
+                found.append(path)
+    return found
 
 
 @pytest.fixture
