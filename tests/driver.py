@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,25 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def left_behind() -> set[Path]:
-    """What vLLM and multiprocessing make where everybody does."""
+@contextmanager
+def nothing_left_behind(seconds: float = 60) -> Iterator[None]:
+    """Of what is made inside, where everybody does; what another test's engine makes as it starts is gone soon."""
+    before = _made_by_everybody()
+    yield
+    deadline = time.monotonic() + seconds
+    while left := _made_by_everybody() - before:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def all_end(processes: Iterable[psutil.Process], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _made_by_everybody() -> set[Path]:
+    """What vLLM and multiprocessing make in places that all share."""
     in_memory = {path for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))}
     return in_memory | {path for path in Path("/tmp").iterdir() if path.is_socket() or path.name.startswith("vllm")}

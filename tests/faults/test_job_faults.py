@@ -108,7 +108,7 @@ class Job:
     def is_up(self, job_id: str = "") -> None:
         """Wait until the driver works, and forget that it did."""
         up, end = self.here / "up", self.attempt(job_id) / "end.json"
-        wait_until(lambda: up.exists() or end.exists(), "the driver works", 90)
+        wait_until(lambda: up.exists() or end.exists(), "the driver works", 180)
         assert up.exists(), self.output(job_id)
         up.unlink()
 

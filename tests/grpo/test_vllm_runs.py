@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from driver import TINY, Run, last_logged, left_behind, processes_of, run, start, until
+from driver import TINY, Run, all_end, ended, last_logged, nothing_left_behind, processes_of, run, start, until
 from tiny import tiny_config
 
 from slurmkit.errors import UserError
@@ -29,10 +25,9 @@ VLLM = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Four steps without interruption."""
-    before = left_behind()
-    done = run(tmp_path_factory.mktemp("vllm") / "run", TINY, *VLLM, "grpo.max_num_steps=4")
+    with nothing_left_behind():
+        done = run(tmp_path_factory.mktemp("vllm") / "run", TINY, *VLLM, "grpo.max_num_steps=4")
     assert done.code == 0, done.errors
-    assert left_behind() <= before
     return done
 
 
@@ -56,35 +51,44 @@ def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, t
     assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
 
 
+def test_completions_go_on_with_new_weights_where_that_is_asked_for(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        TINY,
+        *VLLM,
+        "grpo.max_num_steps=6",
+        # Long ones and few at once, so that there is always one under way.
+        "policy.max_total_sequence_length=200",
+        "policy.generation.max_new_tokens=160",
+        "policy.generation.max_batch_size=8",
+        "grpo.async_grpo.enabled=true",
+        "grpo.async_grpo.in_flight_weight_updates=true",
+        "loss_fn.use_importance_sampling_correction=true",
+    )
+    assert done.code == 0, done.errors
+    assert max(done.values("train:age_max")) == 1
+    assert any(0 < mean < 1 for mean in done.values("train:age_mean"))
+
+
 def test_an_engine_whose_process_dies_is_started_again_and_once_too_often_ends_the_run_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
-    before = left_behind()
-    driver = start(tmp_path, TINY, *VLLM, "grpo.max_num_steps=1000", "policy.generation.max_restarts=1")
-    family = []
-    for _ in range(2):
-        step = last_logged(tmp_path)
-        until(lambda step=step: last_logged(tmp_path) >= step + 2, driver)  # type: ignore[misc]
-        now = processes_of(driver)
-        family += now
-        next(each for each in now if each.name().startswith("VLLM::EngineCor")).kill()
-    try:
-        output, errors = driver.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        driver.kill()
-        raise
-    assert driver.returncode == 75
+    with nothing_left_behind():
+        driver = start(tmp_path, TINY, *VLLM, "grpo.max_num_steps=1000", "policy.generation.max_restarts=1")
+        family = []
+        for _ in range(2):
+            step = last_logged(tmp_path)
+            until(lambda step=step: last_logged(tmp_path) >= step + 2, driver)  # type: ignore[misc]
+            now = processes_of(driver)
+            family += now
+            next(each for each in now if each.name().startswith("VLLM::EngineCor")).kill()
+        done = ended(driver, tmp_path)
+        all_end(family)
+    assert done.code == 75
     message = r"^error: engine 0 on node \S+ failed in collect\(\): vLLM's processes died: "
-    assert re.search(message, errors, re.MULTILINE), errors
-    assert "started again, for the 1. time of 1" in output
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    found = [line["train:token_mult_prob_error"] for line in lines if "train:token_mult_prob_error" in line]
-    assert max(found) < 1 + 1e-3  # also of the engine that took over
-    deadline = time.monotonic() + 30
-    while left := [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-    assert left_behind() <= before
+    assert re.search(message, done.errors, re.MULTILINE), done.errors
+    assert "started again, for the 1. time of 1" in done.output
+    assert max(done.values("train:token_mult_prob_error")) < 1 + 1e-3  # also of the engine that took over
 
 
 def test_vllm_that_is_not_installed_is_refused_with_what_to_install(
