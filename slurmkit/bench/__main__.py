@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slurmkit.bench import baseline, growth, sampling, side_by_side
+from slurmkit.bench import asynchronous, baseline, growth, sampling, side_by_side
 from slurmkit.bench.child import measured
 from slurmkit.bench.machine import circumstances, machine, versions
 from slurmkit.bench.shapes import shape_of
@@ -101,6 +101,12 @@ def _sync(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
     return result, sampling.transfer_table(result["figures"])
 
 
+def _asynchronous(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
+    given = dict(options)
+    result = asynchronous.compare(given.pop("ages"), given.pop("seeds"), given, _say)
+    return result, asynchronous.table(result["figures"])
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -111,6 +117,7 @@ _BENCHMARKS = {
     "driver": _driver,
     "generate": _generate,
     "sync": _sync,
+    "async": _asynchronous,
 }
 
 

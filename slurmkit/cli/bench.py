@@ -62,9 +62,7 @@ _BESIDE_TRL = {
     "seeds": click.option("--seeds", type=_Numbers(), help="A run of each side for each.  [default: 1,2,3]"),
     "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]"),
     "generations": click.option("--generations", type=click.IntRange(2), help="Completions of each.  [default: 8]"),
-    "micro_batch": click.option(
-        "--micro-batch", type=_POSITIVE, help="Full-length sequences of a micro-batch.  [default: 32]"
-    ),
+    "micro_batch": click.option("--micro-batch", type=_POSITIVE, help="Sequences of a micro-batch.  [default: 32]"),
     "max_new_tokens": click.option("--max-new-tokens", type=_POSITIVE, help="Of a completion.  [default: 128]"),
     "mean_dots": click.option("--mean-dots", type=float, help="About the mean length of a completion.  [default: 30]"),
     "cache": click.option(
@@ -155,6 +153,20 @@ def generate(shapes: str, **options: Any) -> None:
 def sync(shapes: str, **options: Any) -> None:
     """Measure how long new weights take from the policy to each engine, beside a plain copy of as many bytes."""
     _measure("sync", {**options, "shapes": shapes.split(",")})
+
+
+@command.command("async")
+@click.option("--ages", type=_Numbers(), default="1,2", show_default=True, help="max_trajectory_age_steps, beside 0.")
+@click.option("--seeds", type=_Numbers(), default="1,2,3", show_default=True, help="A run of each age for each.")
+@click.option("--steps", type=_POSITIVE, help="Beside a first one that is left out.  [default: 40]")
+@click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 8]")
+@click.option("--generations", type=click.IntRange(2), help="Episodes of each.  [default: 8]")
+@click.option("--median-seconds", type=click.FloatRange(0), help="Of an episode's environment.  [default: 0.2]")
+@click.option("--spread", type=click.FloatRange(0), help="Standard deviation of their logarithm.  [default: 1]")
+@_with(*_OF_ALL)
+def asynchronous(**options: Any) -> None:
+    """Measure asynchronous training beside synchronous, in an environment whose episodes take long-tailed times."""
+    _measure("async", options)
 
 
 def _measure(benchmark: str, options: dict[str, Any]) -> None:

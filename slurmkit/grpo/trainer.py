@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -44,7 +44,9 @@ from slurmkit.rollout.sample import Sample
 _TRAINING, _VALIDATION = 0, 1
 
 
-async def train(config: TrainConfig, interrupts: Interrupts) -> None:
+async def train(
+    config: TrainConfig, interrupts: Interrupts, make_domain: Callable[[TrainConfig], Domain] = make_domain
+) -> None:
     """Run, or go on with, the training that `config` describes.
 
     Raises UserError for data or a model that cannot be used, NodeFailure where Ray or an actor died, Failure where an

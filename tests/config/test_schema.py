@@ -112,6 +112,25 @@ def test_sampling_that_leaves_tokens_out_is_refused_where_a_ratio_or_a_weight_wo
     check(both, top_p=1.0)
 
 
+def test_asynchronous_training_is_refused_without_a_correction_and_what_an_engine_cannot_do(tmp_path: Path) -> None:
+    def check(asynchronous: dict[str, Any], **loss_fn: bool) -> None:
+        tiny_config(tmp_path, grpo={"async_grpo": {"enabled": True, **asynchronous}}, loss_fn=loss_fn)
+
+    check({"max_trajectory_age_steps": 0})
+    check({}, use_importance_sampling_correction=True)
+    message = (
+        r"grpo.async_grpo.enabled true with max_trajectory_age_steps 1 trains on tokens of older weights, for which "
+        r"loss_fn.use_importance_sampling_correction false does not correct: set it to true"
+    )
+    with pytest.raises(ValidationError, match=message):
+        check({})
+    with pytest.raises(ValidationError, match=r"loss_fn.force_on_policy_ratio true does not correct: set it to false"):
+        check({}, use_importance_sampling_correction=True, force_on_policy_ratio=True)
+    message = r"in_flight_weight_updates true needs policy.generation.backend vllm, and it is torch"
+    with pytest.raises(ValidationError, match=message):
+        check({"in_flight_weight_updates": True}, use_importance_sampling_correction=True)
+
+
 def test_what_is_wrong_in_one_section_does_not_hide_what_is_wrong_between_others(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as refused:
         tiny_config(
