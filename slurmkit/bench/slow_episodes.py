@@ -32,10 +32,10 @@ class Settings:
 
     age: int
     seed: int = 1
-    steps: int = 40
-    prompts: int = 8
-    generations: int = 8
-    median_seconds: float = 0.2
+    steps: int = 60
+    prompts: int = 16
+    generations: int = 16
+    median_seconds: float = 0.05
     spread: float = 1.0
 
 
@@ -114,14 +114,14 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def _config(settings: Settings, folder: Path) -> dict[str, Any]:
     return {
-        "env": {"name": "arithmetic", "arithmetic": {"num_terms": 2, "demonstration_error": 1}},
+        "env": {"name": "arithmetic", "arithmetic": {"num_terms": 2}},
         "policy": {
-            "from_scratch": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2},
+            "from_scratch": {"hidden_size": 64, "intermediate_size": 192, "supervised_steps": 600},
             "max_total_sequence_length": 32,
             "precision": "float32",
             "train_global_batch_size": settings.prompts * settings.generations,
             "train_micro_batch_size": settings.prompts * settings.generations,
-            "optimizer": {"kwargs": {"lr": 3e-4}},
+            "optimizer": {"kwargs": {"lr": 6e-4, "betas": [0.9, 0.95], "weight_decay": 0.0}},
             "generation": {"max_new_tokens": 4},
         },
         "grpo": {

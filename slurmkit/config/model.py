@@ -122,6 +122,21 @@ _VLLM_OWN = {
 }
 
 
+class ServingChatKwargs(Section):
+    """How the HTTP server reads replies."""
+
+    enable_auto_tools: bool = False
+    """Return a reply's tool calls as such."""
+    tool_parser: str | None = None
+    """vLLM's name of their format, such as hermes or llama3_json."""
+
+    @model_validator(mode="after")
+    def _tools_have_a_format(self) -> Self:
+        if self.enable_auto_tools and self.tool_parser is None:
+            raise ValueError("enable_auto_tools true needs tool_parser, such as hermes or llama3_json")
+        return self
+
+
 class VllmCfg(Section):
     """How vLLM runs, where policy.generation.backend is vllm."""
 
@@ -131,6 +146,10 @@ class VllmCfg(Section):
     """Bytes of an engine's KV cache; null is what gpu_memory_utilization leaves, and on a CPU 256 MiB."""
     enforce_eager: bool | None = None
     """Do without compiled graphs; null is true on a CPU, where they gain nothing, and false on a GPU."""
+    expose_http_server: bool = False
+    """Serve the policy over HTTP too, as OpenAI does, from every engine: serving/ of the run directory says where."""
+    http_server_serving_chat_kwargs: ServingChatKwargs = ServingChatKwargs()
+    """How it reads replies."""
     vllm_kwargs: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs."""
 
@@ -158,6 +177,12 @@ class Generation(Section):
     """How often each engine is started again where it dies; 0 ends the run."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
+
+    @model_validator(mode="after")
+    def _vllm_alone_serves(self) -> Self:
+        if self.vllm_cfg.expose_http_server and self.backend != "vllm":
+            raise ValueError(f"vllm_cfg.expose_http_server true needs backend vllm, and it is {self.backend}")
+        return self
 
 
 class SequencePacking(Section):

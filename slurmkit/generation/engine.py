@@ -81,6 +81,9 @@ def completion_of(
 class Engine(Protocol):
     """Text generation on one node. The methods of an engine may be coroutines."""
 
+    def start(self) -> None:
+        """Called once, before anything else; ends when the engine can be asked."""
+
     def submit(self, requests: Mapping[int, Request]) -> None:
         """Take requests, each under a ticket that no other has. A prompt that does not fit is a finish reason."""
 

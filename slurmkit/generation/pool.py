@@ -83,7 +83,7 @@ class EnginePool:
         return (self._busy_seconds + running) / len(self._slots)
 
     async def __aenter__(self) -> EnginePool:
-        self._start(self._share_out())
+        self._spawn(self._share_out())
         return self
 
     async def __aexit__(
@@ -93,6 +93,10 @@ class EnginePool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def start(self) -> None:
+        """Wait until all engines are there. Failure where one cannot be made."""
+        await together(*(self._call(slot, "start") for slot in self._slots))
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """One completion. Failure where an engine raised; NodeFailure where one died, once too often."""
@@ -116,14 +120,14 @@ class EnginePool:
             self._loaded = await make()
         finally:
             self._lies_still.set()
-        await together(*(self._load(slot) for slot in self._slots))
+        await together(*(self._call(slot, "load", self._loaded[slot.number]) for slot in self._slots))
 
-    async def _load(self, slot: _Slot) -> None:
-        assert self._loaded is not None
+    async def _call(self, slot: _Slot, method: str, *arguments: object) -> None:
+        """Call an engine; where it dies, the one that takes its place has done as much once it is there."""
         if slot.restarting is not None:
             await slot.restarting
         try:
-            await slot.engine.call("load", self._loaded[slot.number])
+            await slot.engine.call(method, *arguments)
         except NodeFailure as error:
             self._fail(slot, slot.restarts, error)
             if slot.restarting is not None:
@@ -152,9 +156,9 @@ class EnginePool:
                 if batch:
                     is_idle = not slot.in_flight
                     slot.in_flight |= {asked.ticket: asked for asked in batch}
-                    self._start(self._submit(slot, {asked.ticket: asked.request for asked in batch}))
+                    self._spawn(self._submit(slot, {asked.ticket: asked.request for asked in batch}))
                     if is_idle:
-                        self._start(self._work(slot))
+                        self._spawn(self._work(slot))
 
     async def _submit(self, slot: _Slot, requests: Mapping[int, Request]) -> None:
         restarts = slot.restarts
@@ -191,7 +195,7 @@ class EnginePool:
         self._waiting.extendleft(reversed(slot.in_flight.values()))
         slot.in_flight.clear()
         if isinstance(error, NodeFailure) and slot.engine.make is not None and slot.restarts < self._max_restarts:
-            slot.restarting = self._start(self._restart(slot, error))
+            slot.restarting = self._spawn(self._restart(slot, error))
         else:
             self._end(error)
 
@@ -203,9 +207,9 @@ class EnginePool:
             try:
                 slot.engine.restart()
                 await self._lies_still.wait()
-                # The first call waits until it is there.
-                call = ("submit", {}) if self._loaded is None else ("load", self._loaded[slot.number])
-                await slot.engine.call_while_placed(*call, every=_ALIVE_SECONDS)
+                await slot.engine.call_while_placed("start", every=_ALIVE_SECONDS)
+                if self._loaded is not None:
+                    await slot.engine.call_while_placed("load", self._loaded[slot.number], every=_ALIVE_SECONDS)
             except NodeFailure as another:
                 error = another
             except Exception as other:
@@ -225,7 +229,7 @@ class EnginePool:
             if not asked.future.done():
                 asked.future.set_exception(error)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -62,6 +62,9 @@ class TorchEngine:
         self._version = weight_version
         self._submitted: dict[int, Request] = {}
 
+    def start(self) -> None:
+        """There since it was made."""
+
     def submit(self, requests: Mapping[int, Request]) -> None:
         self._submitted |= requests
 

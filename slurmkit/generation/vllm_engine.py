@@ -16,6 +16,7 @@ from slurmkit.config.model import VllmCfg
 from slurmkit.errors import NodeFailure
 from slurmkit.generation import vllm_worker
 from slurmkit.generation.engine import Completion, Request, completion_of
+from slurmkit.generation.http_server import Serving, serve
 from slurmkit.generation.nameless import remove_names
 from slurmkit.generation.network import use_interface_of
 from slurmkit.generation.shared_tensors import SharedTensors
@@ -42,11 +43,13 @@ class VllmEngine:
         temporary: str | None = None,
         settings: VllmCfg | None = None,
         in_flight_weight_updates: bool = False,
+        serving: Serving | None = None,
     ) -> None:
         """Start vLLM with the model of a folder. `max_total_length` counts prompt and completion, in tokens.
 
         `address` is the node's own, `temporary` a folder that somebody removes. With `in_flight_weight_updates`, what
-        is under way goes on with new weights. ValueError where vLLM cannot run the model on this device.
+        is under way goes on with new weights; with `serving`, it is asked over HTTP as well. ValueError where vLLM
+        cannot run the model on this device.
         """
         settings = settings or VllmCfg()
         _prepare(device, threads, address, temporary)
@@ -62,7 +65,7 @@ class VllmEngine:
             AsyncEngineArgs(
                 **{
                     "model": model_path,
-                    "skip_tokenizer_init": True,
+                    "skip_tokenizer_init": serving is None,
                     "trust_remote_code": trust_remote_code,
                     "dtype": precision,
                     "max_model_len": max_total_length,
@@ -87,6 +90,11 @@ class VllmEngine:
         )
         remove_names()
         self._sampling_params = SamplingParams
+        self._model_path = model_path
+        self._address = address
+        self._serving = serving
+        self._chat = settings.http_server_serving_chat_kwargs
+        self._server: asyncio.Task[None] | None = None
         self._in_flight = in_flight_weight_updates
         # Only who is told of each token at once knows which weights it is of.
         self._output_kind = RequestOutputKind.DELTA if in_flight_weight_updates else RequestOutputKind.FINAL_ONLY
@@ -105,6 +113,17 @@ class VllmEngine:
         self._sampling: set[asyncio.Future[None]] = set()
         self._may_begin = asyncio.Event()
         self._may_begin.set()
+
+    async def start(self) -> None:
+        if self._serving is not None:
+            self._server = await serve(
+                self._llm,
+                self._serving,
+                model_path=self._model_path,
+                address=self._address,
+                chat=self._chat,
+                version=lambda: self._version,
+            )
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         for ticket, request in requests.items():
@@ -128,23 +147,29 @@ class VllmEngine:
         else:
             check_manifest(self._manifest, {entry.name: entry for entry in weights.table})
         told = (weights.path, weights.table, weights.digest is not None)
-        async with self._nothing_sampled():
-            for arrived in await self._llm.collective_rpc("slurmkit_load", args=told):
-                if arrived is not None:
-                    check_digest(weights, arrived)
-            # What it holds was computed with the old weights.
-            await self._llm.reset_prefix_cache()
-            self._version = weights.version
+        try:
+            async with self._nothing_sampled():
+                for arrived in await self._llm.collective_rpc("slurmkit_load", args=told):
+                    if arrived is not None:
+                        check_digest(weights, arrived)
+                # What it holds was computed with the old weights.
+                await self._llm.reset_prefix_cache()
+                self._version = weights.version
+        except Exception as error:
+            if (named := _named(error)) is error:
+                raise
+            raise named from error
 
     @asynccontextmanager
     async def _nothing_sampled(self) -> AsyncIterator[None]:
         """What is under way is finished, or with in-flight updates halted, before this begins; the rest waits."""
         self._may_begin.clear()
-        is_halted = self._in_flight and bool(self._sampling)
+        # Of what comes over HTTP, vLLM alone knows.
+        is_halted = self._serving is not None or (self._in_flight and bool(self._sampling))
         try:
             if is_halted:
                 # With nothing left in the cache, what was computed with the old weights is computed again.
-                await self._llm.pause_generation(mode="keep", clear_cache=True)
+                await self._llm.pause_generation(mode="keep" if self._in_flight else "wait", clear_cache=True)
             elif self._sampling:
                 await asyncio.wait(self._sampling)
             yield
@@ -161,8 +186,7 @@ class VllmEngine:
             self._sampling.add(done)
             self._finished[ticket] = await self._complete(ticket, request)
         except Exception as error:
-            is_dead = type(error).__name__ == "EngineDeadError"
-            self._failure = NodeFailure(f"vLLM's processes died: {error}") if is_dead else error
+            self._failure = _named(error)
         finally:
             self._sampling.discard(done)
             done.set_result(None)
@@ -196,6 +220,12 @@ class VllmEngine:
         if reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a request with {reason}")
         return completion_of(self._tokenizer, token_ids, logprobs, reason, versions)
+
+
+def _named(error: Exception) -> Exception:
+    """NodeFailure where the error says that vLLM's processes are gone."""
+    is_dead = type(error).__name__ == "EngineDeadError"
+    return NodeFailure(f"vLLM's processes died: {error}") if is_dead else error
 
 
 def _check_head_size(config: Any) -> None:

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.actors import Actor
+from slurmkit.generation.http_server import Serving, make_api_key
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.grpo.interrupt import SIGNALS
@@ -124,13 +125,28 @@ async def watch_ray() -> NoReturn:
     raise NodeFailure(f"Ray's control service at {address} is gone: its process, or the node that it ran on, died")
 
 
+@contextmanager
+def serving_folder(config: TrainConfig, run_directory: Path) -> Iterator[Path | None]:
+    """Where engines that serve HTTP write where they listen, with the key that they ask for; gone afterwards."""
+    folder = run_directory / "serving"
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    if config.policy.generation.backend != "vllm" or not config.policy.generation.vllm_cfg.expose_http_server:
+        yield None
+        return
+    make_api_key(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def start_actors(
-    config: TrainConfig, model_path: Path, weight_version: int, temporary: Path
+    config: TrainConfig, model_path: Path, weight_version: int, temporary: Path, serving: Path | None = None
 ) -> tuple[Policy, list[Actor]]:
     """Policy ranks and engines on all nodes, both ordered by (node, device).
 
-    `temporary` is what `ray_connection` gave. Failure where Ray has no room for them, UserError where vLLM is asked for
-    and not installed.
+    `temporary` is what `ray_connection` gave, `serving` what `serving_folder` did. Failure where Ray has no room for
+    them, UserError where vLLM is asked for and not installed.
     """
     generation = config.policy.generation
     if generation.backend == "vllm" and find_spec("vllm") is None:
@@ -157,6 +173,7 @@ def start_actors(
             kind = VllmEngine
             own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
             own["in_flight_weight_updates"] = config.grpo.updates_in_flight
+            own["serving"] = serving and Serving(serving, f"engine_{rank}")
         make = partial(
             ray.remote(kind).options(**options).remote,
             str(model_path),

@@ -18,12 +18,13 @@ from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Domain, Task
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import Failure, NodeFailure, UserError
+from slurmkit.generation.actors import together
 from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
 from slurmkit.grpo.causal_lm import check_model
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState, weights_digest
-from slurmkit.grpo.cluster import ray_connection, start_actors, watch_ray
+from slurmkit.grpo.cluster import ray_connection, serving_folder, start_actors, watch_ray
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.from_scratch import starting_model
 from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
@@ -98,7 +99,8 @@ async def train(
         await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
         temporary = stack.enter_context(ray_connection())
-        policy, engines = start_actors(config, model_path, state.updates, temporary)
+        serving = stack.enter_context(serving_folder(config, run_directory))
+        policy, engines = start_actors(config, model_path, state.updates, temporary, serving)
         interrupts.attend()
         generation = config.policy.generation
         sharing = EnginePool(
@@ -109,7 +111,7 @@ async def train(
             say=say,
         )
         pool = await stack.enter_async_context(sharing)
-        starting = policy.start(model_path, starting_path, checkpoint, state.updates)
+        starting = together(policy.start(model_path, starting_path, checkpoint, state.updates), pool.start())
         await guarded(interrupts.unless(starting), watch_ray())
         is_own = checkpoint is not None and checkpoint.parent == run_directory
         resume_after = state.step if is_own else None

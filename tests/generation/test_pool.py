@@ -28,6 +28,8 @@ class Recorder:
         self._submitted: dict[int, Request] = {}
 
     async def call(self, method: str, *arguments: Any) -> Any:
+        if method == "start":
+            return None
         if method == "submit":
             assert not self._submitted, "given more while it had something to do"
             self.batches.append(len(arguments[0]))
@@ -214,6 +216,8 @@ class DiesSubmitting(Mortal):
 
     async def call(self, method: str, *arguments: Any) -> Any:
         life = self.restarted
+        if method == "start":
+            return None
         if method == "submit":
             if life == 0 and self._submitted:
                 raise NodeFailure("engine 0 died")
@@ -268,3 +272,63 @@ def test_weights_are_not_made_while_an_engine_still_takes_up_the_last_ones() -> 
 def test_a_completion_without_as_many_logprobs_as_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="2 tokens with 1 logprobs"):
         completion((1, 2), (0.0,))
+
+
+def test_an_engine_that_dies_while_weights_are_made_reads_none_before_they_are() -> None:
+    mortal, made = Mortal(failures=1), list[str]()
+
+    async def weights() -> list[str]:
+        await asyncio.sleep(0.05 if made else 0)
+        made.append("some")
+        return [f"version {len(made)}"]
+
+    async def work() -> None:
+        async with EnginePool([mortal], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
+            await pool.load(weights)
+            answers = asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(4)))
+            await pool.load(weights)
+            assert len(await answers) == 4
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert mortal.restarted == 1
+    assert mortal.loaded[0] == "version 1"
+    assert set(mortal.loaded[1:]) == {"version 2"}, "the first version is being written over"
+
+
+def test_an_engine_that_dies_before_it_is_there_is_started_again() -> None:
+    class DiesStarting(Mortal):
+        async def call(self, method: str, *arguments: Any) -> Any:
+            if method == "start" and not self.restarted:
+                raise NodeFailure("engine 0 died")
+            return await super().call(method, *arguments)
+
+    mortal = DiesStarting()
+
+    async def work(max_restarts: int) -> None:
+        pool = EnginePool([mortal], 4, max_restarts=max_restarts, say=lambda line: None)  # type: ignore[list-item]
+        async with pool:
+            await pool.start()
+            assert len(await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(4)))) == 4
+
+    asyncio.run(asyncio.wait_for(work(1), 10))
+    assert mortal.restarted == 1
+    mortal.restarted = 0
+    with pytest.raises(NodeFailure, match="engine 0 died"):
+        asyncio.run(asyncio.wait_for(work(0), 10))
+
+
+def test_how_long_engines_had_something_to_do_is_counted() -> None:
+    async def work() -> tuple[float, float, float]:
+        async with EnginePool([Continuous(0.05), Continuous(0.05)], 4, continuous=True) as pool:  # type: ignore[list-item]
+            began = asyncio.get_running_loop().time()
+            asked = asyncio.ensure_future(pool.generate((1,), SAMPLING))
+            await asyncio.sleep(0.03)
+            halfway = pool.busy_seconds()
+            await asked
+            busy = pool.busy_seconds()
+            await asyncio.sleep(0.05)
+            assert pool.busy_seconds() == busy, "nobody had anything to do"
+            return halfway, busy, asyncio.get_running_loop().time() - began
+
+    halfway, busy, seconds = asyncio.run(asyncio.wait_for(work(), 10))
+    assert 0 < halfway < busy < seconds / 2, "one of two"

@@ -72,6 +72,8 @@ def test_a_short_request_is_answered_while_a_long_one_is_under_way_and_a_dead_pr
 
     with pytest.raises(NodeFailure, match="vLLM's processes died"):
         vllm.do(ask_and_kill())
+    with pytest.raises(NodeFailure, match="vLLM's processes died"):
+        vllm.load(Weights(1, AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()))
     vllm.end()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,10 @@ def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, t
     assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
 
 
-def test_completions_go_on_with_new_weights_where_that_is_asked_for(tmp_path: Path) -> None:
-    done = run(
+def test_completions_go_on_with_new_weights_where_that_is_asked_for_and_agents_act_with_the_policy(
+    tmp_path: Path,
+) -> None:
+    driver = start(
         tmp_path,
         TINY,
         *VLLM,
@@ -61,11 +65,26 @@ def test_completions_go_on_with_new_weights_where_that_is_asked_for(tmp_path: Pa
         "policy.max_total_sequence_length=200",
         "policy.generation.max_new_tokens=160",
         "policy.generation.max_batch_size=8",
+        "policy.generation.vllm_cfg.expose_http_server=true",
         "grpo.async_grpo.enabled=true",
         "grpo.async_grpo.in_flight_weight_updates=true",
         "loss_fn.use_importance_sampling_correction=true",
     )
+    serving = tmp_path / "serving"
+    until((serving / "engine_0.json").exists, driver)
+    told, key = json.loads((serving / "engine_0.json").read_text()), (serving / "api_key").read_text().strip()
+    body = {"model": told["model"], "messages": [{"role": "user", "content": "1+2="}], "max_tokens": 30}
+    request = urllib.request.Request(
+        f"{told['base_url']}/chat/completions",
+        json.dumps(body).encode(),
+        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["choices"][0]["finish_reason"] in ("stop", "length")
+    done = ended(driver, tmp_path)
     assert done.code == 0, done.errors
+    assert key not in done.output + done.errors
+    assert not serving.exists()
     assert max(done.values("train:age_max")) == 1
     assert any(0 < mean < 1 for mean in done.values("train:age_mean"))
 
