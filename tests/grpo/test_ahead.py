@@ -36,8 +36,7 @@ class Players:
     async def play(self, step: int, tasks: Sequence[Task], before: int) -> list[Group]:
         self.asked.append((step, [task.name for task in tasks]))
         try:
-            if not self._let_go:
-                await self._gate(step).wait()
+            await (asyncio.sleep(0) if self._let_go else self._gate(step).wait())
         except asyncio.CancelledError:
             self.cancelled.append(step)
             raise
