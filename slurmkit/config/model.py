@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from slurmkit.config.kinds import Count, Decay, Positive
+from slurmkit.config.kinds import Count, Decay, Positive, Seconds
 from slurmkit.config.section import Field, Section, model_validator
 
 
@@ -175,6 +175,9 @@ class Generation(Section):
     """Completions that one engine samples together."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often each engine is started again where it dies; 0 ends the run."""
+    stall_timeout_seconds: Seconds | None = None
+    """An engine that has finished nothing for so long is taken for hung and started again; null is
+    cluster.call_timeout_seconds."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
 

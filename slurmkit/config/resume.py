@@ -23,6 +23,9 @@ MAY_DIFFER = frozenset(
             "policy.dtensor_cfg.activation_checkpointing",
             "policy.dtensor_cfg.cpu_offload",
             "policy.generation.max_batch_size",
+            "policy.generation.max_restarts",
+            "policy.generation.stall_timeout_seconds",
+            "policy.generation.vllm_cfg",
             "env.timeout_seconds",
         ),
     }

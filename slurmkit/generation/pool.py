@@ -53,13 +53,18 @@ class EnginePool:
         *,
         continuous: bool = False,
         max_restarts: int = 0,
+        stall_seconds: float | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """`continuous` engines take up to `max_batch_size` requests at any time, others only when they have none."""
+        """`continuous` engines take up to `max_batch_size` requests at any time, others only when they have none.
+
+        One that has finished nothing for `stall_seconds` counts as dead.
+        """
         self._slots = [_Slot(number, engine) for number, engine in enumerate(engines)]
         self._max_batch_size = max_batch_size
         self._continuous = continuous
         self._max_restarts = max_restarts
+        self._stall_seconds = stall_seconds
         self._say = say
         self._waiting: deque[_Asked] = deque()
         self._tickets = count()
@@ -173,7 +178,7 @@ class EnginePool:
         slot.busy_since = since = time.perf_counter()
         try:
             while slot.in_flight:
-                finished: Mapping[int, Completion] = await slot.engine.call("collect")
+                finished = await self._collect(slot.engine)
                 if slot.restarts > restarts:
                     return  # what the engine before this one had is somebody else's by now
                 for ticket, completion in finished.items():
@@ -187,6 +192,18 @@ class EnginePool:
             self._busy_seconds += time.perf_counter() - since
             if slot.busy_since == since:
                 slot.busy_since = None
+
+    async def _collect(self, engine: Actor) -> Mapping[int, Completion]:
+        finished: Mapping[int, Completion]
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                finished = await engine.call("collect")
+        except TimeoutError:
+            raise NodeFailure(
+                f"{engine.name} has finished nothing for {self._stall_seconds:g} s "
+                "(policy.generation.stall_timeout_seconds)"
+            ) from None
+        return finished
 
     def _fail(self, slot: _Slot, restarts: int, error: Exception) -> None:
         """An engine that had been started again so often is gone, or has raised."""

@@ -108,6 +108,7 @@ async def train(
             generation.max_batch_size,
             continuous=generation.backend == "vllm",
             max_restarts=generation.max_restarts,
+            stall_seconds=generation.stall_timeout_seconds,
             say=say,
         )
         pool = await stack.enter_async_context(sharing)

@@ -317,6 +317,27 @@ def test_an_engine_that_dies_before_it_is_there_is_started_again() -> None:
         asyncio.run(asyncio.wait_for(work(0), 10))
 
 
+def test_an_engine_that_finishes_nothing_for_too_long_is_started_again() -> None:
+    class Hangs(Mortal):
+        async def call(self, method: str, *arguments: Any) -> Any:
+            if method == "collect" and not self.restarted:
+                await asyncio.sleep(1000)
+            return await super().call(method, *arguments)
+
+    hanging, said = Hangs(), list[str]()
+
+    async def work() -> list[Completion]:
+        pool = EnginePool([hanging], 4, max_restarts=1, stall_seconds=0.1, say=said.append)  # type: ignore[list-item]
+        async with pool:
+            return list(await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(4))))
+
+    assert len(asyncio.run(asyncio.wait_for(work(), 10))) == 4
+    assert said == [
+        "engine 0 has finished nothing for 0.1 s (policy.generation.stall_timeout_seconds): "
+        "started again, for the 1. time of 1"
+    ]
+
+
 def test_how_long_engines_had_something_to_do_is_counted() -> None:
     async def work() -> tuple[float, float, float]:
         async with EnginePool([Continuous(0.05), Continuous(0.05)], 4, continuous=True) as pool:  # type: ignore[list-item]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -108,20 +109,22 @@ def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Pa
     assert (tmp_path / "latest").resolve().name == "step_2"
 
 
-def test_an_engine_that_dies_is_started_again_and_the_numbers_are_those_of_a_run_where_none_died(
+def test_an_engine_that_dies_or_hangs_is_started_again_and_the_numbers_are_those_of_a_run_where_none_did(
     whole: Run, tmp_path: Path
 ) -> None:
-    driver = start(tmp_path, ARITHMETIC, *SHORT, "grpo.max_num_steps=4")
-    for step in (1, 2):  # once with the weights that it started with, once with those of an update
+    stalls = "policy.generation.stall_timeout_seconds=20"
+    driver = start(tmp_path, ARITHMETIC, *SHORT, "grpo.max_num_steps=4", stalls)
+    # Once with the weights that it started with, once with those of an update.
+    for step, end in ((1, signal.SIGKILL), (2, signal.SIGSTOP)):
         until(lambda step=step: last_logged(tmp_path) >= step - 1, driver)  # type: ignore[misc]
         engine = titled(processes_of(driver), "ray::TorchEngine")
         until(lambda engine=engine: does(engine, "ray::TorchEngine.collect"), driver)  # type: ignore[misc]
-        engine.kill()
+        engine.send_signal(end)
     done = ended(driver, tmp_path)
     assert done.code == 0, done.errors
     # Ray prints in between, sometimes in the middle of a line.
-    for count in (1, 2):
-        assert re.search(rf"engine 0 on node \S+ died .*: started again, for the {count}. time of 3", done.output)
+    for count, what in ((1, "died"), (2, "has finished nothing for 20 s")):
+        assert re.search(rf"engine 0 on node \S+ {what} .*: started again, for the {count}. time of 3", done.output)
     assert done.values("train:engine_restarts")[-1] == 2
     undisturbed, disturbed = without_times(whole.folder), without_times(tmp_path)
     for line in (*undisturbed, *disturbed):
