@@ -28,6 +28,7 @@ from slurmkit.envs.tasks import TaskOrder
 from slurmkit.generation.engine import Completion, Request
 from slurmkit.generation.pool import EnginePool
 from slurmkit.grpo import trainer
+from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 from slurmkit.grpo.from_scratch import make_model
 from slurmkit.grpo.interrupt import Interrupts
@@ -55,7 +56,7 @@ class Settings:
 
 # Where the loop calls what a step is made of, by the names that the figures have.
 _PARTS = {
-    "rollout": (trainer.Trainer, "rollout"),
+    "rollout": (Rollouts, "of"),
     "samples": (trainer, "make_samples"),
     "credit": (trainer, "credit"),
     "packing": (trainer, "optimizer_steps"),
