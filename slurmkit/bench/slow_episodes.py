@@ -40,11 +40,14 @@ class Settings:
 
 
 @dataclass(slots=True)
-class _Times:
+class Times:
+    """How long episodes take, in seconds."""
+
     settings: Settings
     episodes: Counter[str] = field(default_factory=Counter)
 
     def of_next(self, task: Task) -> float:
+        """Of a task's next episode."""
         self.episodes[task.name] += 1
         rng = Random(f"{self.settings.seed} {task.name} {self.episodes[task.name]}")
         return self.settings.median_seconds * math.exp(self.settings.spread * rng.gauss(0, 1))
@@ -53,7 +56,7 @@ class _Times:
 class _SlowEnvironment:
     """Another environment, whose judgement takes its time."""
 
-    def __init__(self, inner: Environment, times: _Times) -> None:
+    def __init__(self, inner: Environment, times: Times) -> None:
         self._inner = inner
         self._times = times
         self._seconds = 0.0
@@ -75,7 +78,7 @@ class _SlowDomain:
 
     def __init__(self, config: TrainConfig, settings: Settings) -> None:
         self._inner = make_domain(config)
-        self._times = _Times(settings)
+        self._times = Times(settings)
         self.train_sources = self._inner.train_sources
         self.train_tasks = self._inner.train_tasks
         self.validation_tasks = self._inner.validation_tasks
@@ -88,8 +91,7 @@ class _SlowDomain:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Train for so many steps; figures leave out the first, in which everything starts, and the ages before the last
-    quarter's."""
+    """Train for so many steps beside a first one, which is in no figure. `last_reward` is the last quarter's mean."""
     with tempfile.TemporaryDirectory(prefix="slurmkit-bench-", dir="/var/tmp") as folder:
         config = TrainConfig.model_validate(_config(settings, Path(folder)))
         asyncio.run(train(config, Interrupts(), make_domain=lambda config: _SlowDomain(config, settings)))

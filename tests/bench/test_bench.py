@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from parts import SLURMKIT
 
-from slurmkit.bench import baseline, growth, sampling, side_by_side
+from slurmkit.bench import asynchronous, baseline, growth, sampling, side_by_side
 from slurmkit.bench.child import measured
 from slurmkit.bench.machine import WatchedTree
 from slurmkit.bench.shapes import SHAPES
+from slurmkit.bench.slow_episodes import Settings, Times
+from slurmkit.envs.environment import Task
 from slurmkit.errors import UserError
 
 # A Python with TRL, for those who have one: then the comparison is run whole.
@@ -88,6 +90,48 @@ def test_engines_are_compared_shape_by_shape(monkeypatch: pytest.MonkeyPatch) ->
     assert len(said) == 6
     with pytest.raises(UserError, match="--shape 7b: there is no such shape"):
         sampling.transfers(["7b"], {}, said.append)
+
+
+def test_an_asynchronous_run_in_a_slow_environment_tells_its_rate_its_ages_and_who_waited() -> None:
+    settings = {"age": 1, "steps": 3, "prompts": 2, "generations": 2, "median_seconds": 0.05}
+    found = measured("slow_episodes", settings)
+    assert found["settings"] == found["settings"] | settings
+    figures = found["figures"]
+    assert figures["age_max"] == 1 > figures["age_mean"] > 0
+    assert figures["tokens_per_second"] > 0
+    assert all(0 <= figures[f"{who}_idle"] <= 1 for who in ("trainer", "engines"))
+
+
+def test_asynchronous_runs_are_compared_with_synchronous_ones_of_the_same_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measured(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+        names = ("tokens_per_second", "step_seconds", "trainer_idle", "engines_idle", "age_mean", "age_max")
+        figures = {**dict.fromkeys((*names, "first_reward", "last_reward"), 0.5), "tokens_per_second": 100.0}
+        figures["tokens_per_second"] *= (1 + settings["age"]) * settings["seed"]
+        return {"settings": settings, "figures": figures}
+
+    monkeypatch.setattr(asynchronous, "measured", measured)
+    result = asynchronous.compare([2], [1, 3], {"steps": 4}, lambda line: None)
+    assert [(run["settings"]["seed"], run["settings"]["age"]) for run in result["runs"]] == [
+        *((1, 0), (1, 2), (3, 0), (3, 2)),
+    ]
+    assert result["figures"]["age 2"]["tokens_per_second"] == 600
+    assert result["figures"]["age 2"]["ratio_to_synchronous"] == 3
+    assert "| age 2 | 600 | 3.00 | 0.50 | 50% | 50% | 0.50 | 0.50 to 0.50 |" in list(
+        asynchronous.table(result["figures"])
+    )
+
+
+def test_an_episode_takes_as_long_in_every_run_of_its_seed() -> None:
+    task, other = Task("a", "", ""), Task("b", "", "")
+    asked = [task, other, task, other]
+    first, again, another = (
+        [times.of_next(each) for each in asked]
+        for times in (Times(Settings(0, seed=1)), Times(Settings(2, seed=1)), Times(Settings(0, seed=2)))
+    )
+    assert first == again
+    assert len({*first, *another}) == 8
 
 
 def test_growth_is_what_depends_on_vocabulary_and_tokens_together(monkeypatch: pytest.MonkeyPatch) -> None:
