@@ -212,16 +212,17 @@ class Trainer:
                     num_ranks=self.config.num_data_parallel_ranks,
                     loss_fn=self.config.loss_fn,
                 )
+                is_leaving = False
                 metrics |= selection.metrics(kept_metrics) | rollouts.ages(selection.kept, step)
                 if updates:
                     with timed(metrics, "time:update"):
                         metrics |= await self.update(updates, step)
                     with timed(metrics, "time:weights"):
-                        await self.pool.load(self.policy.put_weights)
+                        is_leaving = not await self.give_weights()
                 metrics |= {"train:engine_restarts": float(self.pool.restarts), **self.saver.check()}
                 is_last = self.is_last(step, rollouts)
-                saving = self.due_to_save(step, is_last)
-                validating = self.due_to_validate(step, saving, is_last)
+                saving = self.due_to_save(step, is_last) and not is_leaving
+                validating = self.due_to_validate(step, saving, is_last) and not is_leaving
                 if validating:
                     with timed(metrics, "time:validation"):
                         metrics |= await self.validate(step)
@@ -247,6 +248,8 @@ class Trainer:
                 self.saver.logged()
             if validating:
                 self.plots.redraw()
+            if is_leaving:
+                raise Interrupted
             self.check_signal()
 
     async def leave(self) -> NoReturn:
@@ -302,6 +305,22 @@ class Trainer:
             "train:trained_tokens": sums.tokens,
             "train:peak_memory_gib": max(result.peak_memory_gib for result in results),
         }
+
+    async def give_weights(self) -> bool:
+        """Give the engines the new weights.
+
+        False where the run was asked to leave meanwhile: in asynchronous training, completions under way may have to
+        be finished first, which can take as long as there is left to save everything.
+        """
+        loading = self.pool.load(self.policy.put_weights)
+        if not self.config.grpo.max_age:
+            await loading
+            return True
+        try:
+            await self.interrupts.unless(loading)
+        except Interrupted:
+            return False
+        return True
 
     async def validate(self, step: int) -> dict[str, float]:
         """Episodes of the validation tasks, sampled as in training; the first tasks' conversations are kept."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -15,6 +17,8 @@ from slurmkit.envs.environment import Task, TaskSource
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import Failure
 from slurmkit.grpo.ahead import Rollouts
+from slurmkit.grpo.interrupt import SIGNALS, Interrupts
+from slurmkit.grpo.trainer import Trainer
 from slurmkit.rollout.collect import Group
 from slurmkit.rollout.episode import Episode
 
@@ -200,3 +204,29 @@ def test_ages_count_steps_since_the_weights_of_each_token() -> None:
         assert rollouts.ages([of(aged())], 4) == {}
 
     with_rollouts(work, Players(let_go=True), age=3)
+
+
+@pytest.mark.parametrize("age", [0, 2])
+def test_who_is_asked_to_leave_does_not_wait_for_completions_that_new_weights_have_to_wait_for(age: int) -> None:
+    async def load(make: object) -> None:
+        await asyncio.sleep(0.1 if not age else 1000)
+
+    async def give() -> bool:
+        interrupts = Interrupts()
+        interrupts.attend()
+        asyncio.get_running_loop().call_later(0.02, signal.raise_signal, signal.SIGUSR2)
+        grpo = Grpo(async_grpo={"enabled": True, "max_trajectory_age_steps": age})
+        parts: Any = SimpleNamespace(
+            pool=SimpleNamespace(load=load),
+            policy=SimpleNamespace(put_weights=None),
+            config=SimpleNamespace(grpo=grpo),
+            interrupts=interrupts,
+        )
+        return await Trainer.give_weights(parts)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert asyncio.run(asyncio.wait_for(give(), 20)) == (age == 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
