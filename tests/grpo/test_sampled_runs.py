@@ -14,6 +14,7 @@ from tiny import tiny_config
 from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.tasks import TaskOrder
+from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.checkpoint import TrainerState
 from slurmkit.grpo.saving import Deadline, Saver
 from slurmkit.grpo.trainer import Trainer
@@ -63,6 +64,12 @@ def test_a_run_that_stopped_at_its_threshold_goes_on_without_one_as_if_it_had_no
     assert transcripts[0].keys() == {"task", "messages", "reply", "reward", "correct", "finish_reason"}
 
 
+def rollouts_of(trainer: Trainer, position: int) -> Rollouts:
+    order = TaskOrder(trainer.domain.train_sources, seed=1, shuffle=True, position=position)
+    tasks = trainer.config.grpo.max_num_epochs * len(trainer.domain.train_tasks)
+    return Rollouts(trainer.play_step, order, trainer.config.grpo, last_step=trainer.last_step, num_tasks=tasks)
+
+
 def test_the_epochs_end_a_run_that_draws_more_tasks_than_a_step_asks_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,21 +81,20 @@ def test_the_epochs_end_a_run_that_draws_more_tasks_than_a_step_asks_for(
     saver.deadline, trainer.saver = Deadline(None, 0.0), saver
     tasks = 2 * len(trainer.domain.train_tasks)
     for position, is_over in ((0, False), (tasks - 3, False), (tasks - 2, True), (tasks + 1, True)):
-        trainer.order = TaskOrder(trainer.domain.train_sources, seed=1, shuffle=True, position=position)
+        rollouts = rollouts_of(trainer, position)
         trainer.state = TrainerState(7, position, 7, 0, "", {})
-        assert trainer.is_over() == trainer.due_to_save(7) == trainer.due_to_validate(7, False) == is_over
+        assert trainer.is_over(rollouts) == trainer.is_last(7, rollouts) == is_over
+        assert trainer.due_to_save(7, is_over) == trainer.due_to_validate(7, False, is_over) == is_over
     assert capsys.readouterr().out == "step 7: the tasks of grpo.max_num_epochs 2 are used up: the run ends here\n" * 2
     trainer.state = TrainerState(100, 0, 7, 0, "", {})
-    trainer.order.position = 0
-    assert trainer.is_over()
+    assert trainer.is_over(rollouts_of(trainer, 0))
 
 
 def test_a_run_that_stopped_at_its_threshold_stays_stopped_until_that_is_raised(tmp_path: Path) -> None:
     trainer = Trainer.__new__(Trainer)
     trainer.domain, trainer.last_step = Arithmetic(ArithmeticEnv(), seed=1), 100
-    trainer.order = TaskOrder(trainer.domain.train_sources, seed=1, shuffle=True)
     trainer.state = TrainerState(7, 0, 7, 0, "", {"val:accuracy": 0.8})  # as its last checkpoint has it
     for threshold, is_over in ((0.8, True), (0.9, False)):
         keys = {"num_prompts_per_step": 2, "num_generations_per_prompt": 2, "stop_at_validation_threshold": threshold}
         trainer.config = tiny_config(tmp_path, grpo={**keys, "stop_at_validation_metric": "val:accuracy"})
-        assert trainer.is_over() == is_over
+        assert trainer.is_over(rollouts_of(trainer, 0)) == is_over
