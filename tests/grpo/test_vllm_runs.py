@@ -53,7 +53,7 @@ def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, t
     assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
 
 
-def test_completions_go_on_with_new_weights_where_that_is_asked_for_and_agents_act_with_the_policy(
+def test_agents_act_with_the_policy_while_it_is_trained_with_completions_in_flight(
     tmp_path: Path,
 ) -> None:
     driver = start(
@@ -86,7 +86,6 @@ def test_completions_go_on_with_new_weights_where_that_is_asked_for_and_agents_a
     assert key not in done.output + done.errors
     assert not serving.exists()
     assert max(done.values("train:age_max")) == 1
-    assert any(0 < mean < 1 for mean in done.values("train:age_mean"))
 
 
 def test_an_engine_whose_process_dies_is_started_again_and_once_too_often_ends_the_run_and_leaves_nothing(
