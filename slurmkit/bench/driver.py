@@ -23,7 +23,7 @@ import numpy
 from slurmkit.bench.child import answer
 from slurmkit.config.model import FromScratch
 from slurmkit.config.schema import TrainConfig
-from slurmkit.envs.environment import Message, Score, Task, TaskSource
+from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.generation.engine import Completion, Request
 from slurmkit.generation.pool import EnginePool
@@ -152,8 +152,8 @@ class _Domain:
     def demonstrate(self, task: Task, rng: Random) -> str:
         return ""
 
-    async def start(self, task: Task) -> Sequence[Message]:
-        return (Message("user", task.question),)
+    async def start(self, task: Task) -> Opening:
+        return Opening(task.messages)
 
     async def step(self, reply: Message) -> Sequence[Message]:
         return ()

@@ -21,7 +21,7 @@ from typing import Any
 from slurmkit.bench.child import answer
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
-from slurmkit.envs.environment import Environment, Message, Score, Task
+from slurmkit.envs.environment import Environment, Message, Opening, Score, Task
 from slurmkit.grpo.interrupt import Interrupts
 from slurmkit.grpo.trainer import train
 
@@ -61,7 +61,7 @@ class _SlowEnvironment:
         self._times = times
         self._seconds = 0.0
 
-    async def start(self, task: Task) -> Sequence[Message]:
+    async def start(self, task: Task) -> Opening:
         self._seconds = self._times.of_next(task)
         return await self._inner.start(task)
 

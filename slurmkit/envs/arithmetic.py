@@ -7,7 +7,7 @@ from itertools import product
 from random import Random
 
 from slurmkit.config.data import ArithmeticEnv
-from slurmkit.envs.environment import Message, Score, Task, TaskSource
+from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 
 
 class Arithmetic:
@@ -48,9 +48,9 @@ class _Episode:
         self._answer = ""
         self._reply = ""
 
-    async def start(self, task: Task) -> Sequence[Message]:
+    async def start(self, task: Task) -> Opening:
         self._answer = task.answer
-        return (Message("user", task.question),)
+        return Opening(task.messages)
 
     async def step(self, reply: Message) -> Sequence[Message]:
         self._reply = reply.content

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that a reply asks for. Example: ToolCall("call_0", "email_delete_email", '{"email_id": "00000057"}')."""
+
+    id: str
+    """Unique in its conversation."""
+    name: str
+    arguments: str
+    """A JSON object, as text: nothing but its being one has been looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +25,33 @@ class Message:
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of an assistant's message: the calls that were read from it; `content` is then the text beside them."""
+    tool_call_id: str = ""
+    """Of a tool's message: the call that it answers."""
+    name: str = ""
+    """Of a tool's message: the tool."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tool:
+    """A tool that a model may call. Equal to itself alone, so that environments share one for all episodes."""
+
+    definition: Mapping[str, Any]
+    """As OpenAI's chat completions have it: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+    @property
+    def name(self) -> str:
+        """What calls name it by."""
+        return str(self.definition["function"]["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What an episode starts with: the messages that the model answers, and the tools that it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +60,16 @@ class Task:
 
     name: str
     question: str
+    """What the user says."""
     answer: str
+    """What the environment judges by, in whatever form it reads."""
+    context: tuple[Message, ...] = ()
+    """Messages before the question, such as a system prompt of the task's own."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All that is said before the model is."""
+        return (*self.context, Message("user", self.question))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +94,19 @@ class Environment(Protocol):
     Coroutines, as a real environment waits for tools and servers while others go on.
     """
 
-    async def start(self, task: Task) -> Sequence[Message]:
-        """Open the episode: the messages that the model answers."""
+    async def start(self, task: Task) -> Opening:
+        """Open the episode."""
 
     async def step(self, reply: Message) -> Sequence[Message]:
-        """Take the model's reply; the messages that follow it, none where the episode is over."""
+        """Take the model's reply; the messages that follow it, none where the episode is over.
+
+        A reply with `tool_calls` is answered by one tool message for each, in order. What a model may get wrong (an
+        unknown tool, arguments of the wrong type, a call that fails) is an answer that says so, so that the model can
+        act on it; nothing is raised.
+        """
 
     async def score(self) -> Score:
-        """Judge the episode. Called once, at its end."""
+        """Judge the episode. Called once, at its end, whatever ended it."""
 
 
 class Domain(Protocol):

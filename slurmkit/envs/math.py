@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 from random import Random
 
 from slurmkit.config.data import Data, DataSource, MathEnv
-from slurmkit.envs.environment import Message, Score, Task, TaskSource
+from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 from slurmkit.envs.rows import Row, read_rows
 from slurmkit.envs.tasks import hold_out, side_by_side
 from slurmkit.errors import UserError
@@ -60,9 +60,9 @@ class _Episode:
         self._answer = Decimal(0)
         self._reply = ""
 
-    async def start(self, task: Task) -> Sequence[Message]:
+    async def start(self, task: Task) -> Opening:
         self._answer = Decimal(task.answer)
-        return (Message("user", task.question),)
+        return Opening(task.messages)
 
     async def step(self, reply: Message) -> Sequence[Message]:
         self._reply = reply.content

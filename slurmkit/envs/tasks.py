@@ -45,7 +45,9 @@ class TaskOrder:
         for index, source in enumerate(self._sources):
             digest.update(b"\n" if index else b"")
             for task in source.tasks:
-                digest.update(json.dumps([task.name, task.question, task.answer]).encode())
+                context = [[message.role, message.content] for message in task.context]
+                parts = [task.name, task.question, task.answer, *context]
+                digest.update(json.dumps(parts).encode())
         return digest.hexdigest()
 
     def draw(self, count: int) -> list[Task]:

@@ -94,10 +94,10 @@ async def refuse_prompts_that_never_fit(
     limit, shortest = config.policy.max_total_sequence_length, (0, "")
     for task in tasks:
         try:
-            messages = await opening(task, domain.environment(), timeout_seconds=config.env.timeout_seconds)
+            opened = await opening(task, domain.environment(), timeout_seconds=config.env.timeout_seconds)
         except BrokenEnvironment:
             return  # the rollouts will say so
-        length = len(chat.prompt_ids(messages))
+        length = len(chat.prompt_ids(opened.messages))
         if length < limit:
             return
         shortest = min(shortest, (length, task.name)) if shortest[0] else (length, task.name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from types import coroutine
 from typing import Any, Protocol, TypeVar, cast
 
-from slurmkit.envs.environment import Environment, Message, Score, Task
+from slurmkit.envs.environment import Environment, Message, Opening, Score, Task
 from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat
 
@@ -57,7 +57,7 @@ async def run_episode(
 
     A prompt that does not fit is scored like an empty reply.
     """
-    messages = await opening(task, environment, timeout_seconds=timeout_seconds)
+    messages = (await opening(task, environment, timeout_seconds=timeout_seconds)).messages
     prompt_ids = chat.prompt_ids(messages)
     completion = await policy.generate(prompt_ids, sampling)
     reply = Message("assistant", completion.text)
@@ -65,8 +65,8 @@ async def run_episode(
     return Episode(task, prompt_ids, completion, sampling.temperature, score, (*messages, reply))
 
 
-async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Sequence[Message]:
-    """The messages that an episode starts with. BrokenEnvironment as in `run_episode`."""
+async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Opening:
+    """What an episode starts with. BrokenEnvironment as in `run_episode`."""
     return await _asked(environment.start(task), task, environment, timeout_seconds)
 
 

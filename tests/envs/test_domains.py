@@ -32,7 +32,7 @@ def order(tasks: list[Task], *, shuffle: bool = True, position: int = 0) -> Task
 def judge(domain: Domain, task: Task, reply: str) -> Score:
     async def episode() -> Score:
         environment = domain.environment()
-        assert list(await environment.start(task)) == [Message("user", task.question)]
+        assert (await environment.start(task)).messages == (Message("user", task.question),)
         assert not await environment.step(Message("assistant", reply))
         return await environment.score()
 
