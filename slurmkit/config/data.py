@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from slurmkit.config.kinds import Positive, Seconds
+from slurmkit.config.kinds import Count, Positive, Seconds
 from slurmkit.config.section import Field, Section, model_validator
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -108,6 +108,12 @@ class Env(Section):
     """arithmetic makes its own problems; math reads its tasks from data and compares numbers."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
+    episode_timeout_seconds: Seconds | None = None
+    """How long a whole episode may take from its opening on; then it ends and is judged as it stands. null waits for
+    it."""
+    max_tool_output_chars: Count = 20_000
+    """Characters of any one answer to the model, such as a tool's output; of a longer one the beginning is given, and
+    how much is missing."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()
