@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from math import isfinite
 from types import coroutine
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -92,7 +92,7 @@ class Episode:
     def samples(self) -> list[tuple[Turn, ...]]:
         """The turns of each of the sequences that the episode consists of."""
         starts = [index for index, turn in enumerate(self.turns) if turn.begins_sample]
-        return [self.turns[start:end] for start, end in zip(starts, [*starts[1:], len(self.turns)], strict=True)]
+        return [self.turns[start:end] for start, end in pairwise((*starts, len(self.turns)))]
 
     @property
     def sequence_lengths(self) -> list[int]:

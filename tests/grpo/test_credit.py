@@ -199,6 +199,22 @@ def test_an_episode_that_became_several_samples_has_one_advantage_and_its_kl_onc
     assert metrics["train:kl_penalty"] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_an_episode_of_several_turns_is_credited_as_one_and_what_the_template_adds_is_not_trained_on() -> None:
+    replies = [completion((5, 6), (-0.5, math.nan)), completion((7,), (-0.7,)), completion((4, 4), (-0.1, -0.2))]
+    long = conversation(1.0, *replies, prompt=(1, 2), added=(8, 9), new=(2,))
+    group = Group(TASK, (long, an_episode(0.0, [-0.5])), ())
+    samples, metrics = judge([group], Grpo(normalize_rewards=False))
+    assert [sample.token_ids.tolist() for sample in samples] == [[1, 2, 5, 6, 8, 9, 7], [1, 2, 4, 4], [1, 2, 9]]
+    assert [sample.rollout_id for sample in samples] == [0, 0, 1]
+    assert samples[0].loss_mask.tolist() == [False, False, True, False, False, False, True]
+    assert samples[0].logprobs.tolist() == pytest.approx([0, 0, -0.5, 0, 0, 0, -0.7])
+    assert samples[0].advantage.tolist() == [0, 0, 1, 0, 0, 0, 1]
+    assert samples[1].advantage.tolist() == [0, 0, 1, 1]
+    assert metrics["train:tokens_without_logprob"] == 1
+    # Two episodes, the first of four tokens that count.
+    assert loss_weights(samples, LossFn(token_level_loss=False)) == [1 / 2 / 4, 1 / 2 / 4, 1 / 2]
+
+
 def test_groups_whose_rewards_are_equal_though_some_are_wrong_are_told_apart() -> None:
     group = Group(TASK, (an_episode(0.5, [-0.5]), an_episode(0.5, [-0.5], correct=False)), ())
     _, metrics = judge([group], Grpo())
