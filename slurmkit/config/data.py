@@ -105,7 +105,8 @@ class MathEnv(Section):
 
 def _server(url: str) -> str:
     if re.fullmatch(r"https?://[^/@\s?#]+(/[^@\s?#]*)?", url) is None:
-        raise ValueError(f"should be http://HOST:PORT, without a user or a question mark, not {url!r}")
+        shown = url.rpartition("@")[2]  # before it there may be a password
+        raise ValueError(f"should be http://HOST:PORT, without a user or a question mark, not {shown!r}")
     return url.rstrip("/")
 
 
@@ -132,6 +133,12 @@ class Env(Section):
     from data and asks a NeMo Gym server."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
+    episode_timeout_seconds: Seconds | None = None
+    """How long a whole episode may take from its opening on; then it ends and is judged as it stands. null waits for
+    it."""
+    max_tool_output_chars: Count = 20_000
+    """Characters of any one answer to the model, such as a tool's output; of a longer one the beginning is given, and
+    how much is missing."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()
