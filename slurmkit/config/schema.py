@@ -208,6 +208,23 @@ class TrainConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _an_agent_reaches_the_policy(self) -> Self:
+        if self.env.name != "gym" or self.env.gym.agent_url is None:
+            return self
+        generation = self.policy.generation
+        if generation.backend != "vllm" or not generation.vllm_cfg.expose_http_server:
+            raise ValueError(
+                "env.gym.agent_url names an agent that asks the policy over HTTP: set policy.generation.backend to "
+                "vllm and policy.generation.vllm_cfg.expose_http_server to true"
+            )
+        if generation.top_k is not None:
+            raise ValueError(
+                f"policy.generation.top_k {generation.top_k} cannot be told to an agent (env.gym.agent_url), whose "
+                "requests have temperature and top_p: leave it out"
+            )
+        return self
+
     @property
     def validates(self) -> bool:
         """Whether there is any validation in the run."""

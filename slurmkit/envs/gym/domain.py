@@ -9,7 +9,8 @@ from pathlib import Path
 from random import Random
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.envs.environment import Environment, Task, TaskSource
+from slurmkit.envs.environment import Agent, Environment, Task, TaskSource
+from slurmkit.envs.gym.agent import GymAgent
 from slurmkit.envs.gym.client import GymClient
 from slurmkit.envs.gym.resources import GymEpisode
 from slurmkit.envs.gym.rows import read_tasks
@@ -27,13 +28,29 @@ class Gym:
         self.train_tasks: Sequence[Task] = [task for source in train for task in source.tasks]
         self.validation_tasks: Sequence[Task] = held_out
         self._client = GymClient(self._config, timeout_seconds=config.env.timeout_seconds, seed=config.grpo.seed)
-        checking = self._client.check("url", ("/seed_session", "/verify"), "a resources server of NeMo Gym")
-        # Domains are made inside of the driver's event loop, before there is anything else to do in it.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(asyncio.run, checking).result()
+        generation = config.policy.generation
+        self._sampling = {"temperature": generation.temperature, "top_p": generation.top_p}
+        if generation.max_new_tokens is not None:
+            self._sampling["max_output_tokens"] = generation.max_new_tokens
+        self._checking: asyncio.Task[None] | None = None
+        if self._config.url is not None:
+            checking = self._client.check("url", ("/seed_session", "/verify"), "a resources server of NeMo Gym")
+            # Domains are made inside of the driver's event loop, before there is anything else to do in it.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(asyncio.run, checking).result()
 
-    def environment(self) -> Environment:
-        return GymEpisode(self._config, self._client)
+    def environment(self) -> Environment | Agent:
+        if self._config.url is not None:
+            return GymEpisode(self._config, self._client)
+        return GymAgent(self._config, self._client, self._sampling, self._agent_is_there)
+
+    async def _agent_is_there(self) -> None:
+        """An agent server can only be started when the policy is served, so it is waited for by the first episodes."""
+        if self._checking is None:
+            self._checking = asyncio.create_task(
+                self._client.check("agent_url", ("/run",), "an agent server of NeMo Gym")
+            )
+        await asyncio.shield(self._checking)
 
     def demonstrate(self, task: Task, rng: Random) -> str:
         raise UserError("env.name gym has no right answers to show to a model from scratch: give policy.model_name")

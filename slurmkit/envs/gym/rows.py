@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +57,7 @@ def row_of(text: str) -> Row:
         said = [{"role": "user", "content": said}]
     if not isinstance(said, list) or not said:
         raise ValueError("responses_create_params.input must be text or a list of messages, with at least one")
-    messages: list[Message] = []
+    messages = list[Message]()
     if instructions := params.get("instructions"):
         messages.append(Message("system", _text(instructions, "responses_create_params.instructions")))
     for number, item in enumerate(said):
@@ -67,6 +68,15 @@ def row_of(text: str) -> Row:
     if not isinstance(definitions, list):
         raise ValueError(f"responses_create_params.tools must be a list, found {type(definitions).__name__}")
     return Row(body, tuple(messages), _tools(json.dumps(definitions)))
+
+
+def messages_of(items: Iterable[Any]) -> Iterator[Message]:
+    """What the items of a response say, as far as a chat of text can show it."""
+    messages = list[Message]()
+    for item in items:
+        with suppress(ValueError):
+            _add(messages, item, "output")
+    yield from messages
 
 
 def _add(messages: list[Message], item: Any, key: str) -> None:
