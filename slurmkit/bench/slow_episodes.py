@@ -21,7 +21,7 @@ from typing import Any
 from slurmkit.bench.child import answer
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
-from slurmkit.envs.environment import Environment, Message, Opening, Score, Task
+from slurmkit.envs.environment import Agent, Environment, Message, Opening, Score, Task
 from slurmkit.grpo.interrupt import Interrupts
 from slurmkit.grpo.trainer import train
 
@@ -84,7 +84,9 @@ class _SlowDomain:
         self.validation_tasks = self._inner.validation_tasks
 
     def environment(self) -> Environment:
-        return _SlowEnvironment(self._inner.environment(), self._times)
+        environment = self._inner.environment()
+        assert not isinstance(environment, Agent)
+        return _SlowEnvironment(environment, self._times)
 
     def demonstrate(self, task: Task, rng: Random) -> str:
         return self._inner.demonstrate(task, rng)

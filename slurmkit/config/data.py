@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from slurmkit.config.kinds import Count, Positive, Seconds
-from slurmkit.config.section import Field, Section, model_validator
+from slurmkit.config.kinds import Count, Finite, Positive, Seconds
+from slurmkit.config.section import AfterValidator, Field, Section, model_validator
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
@@ -103,9 +103,34 @@ class MathEnv(Section):
     """As for arithmetic: demonstrated answers are off by up to this much."""
 
 
+def _server(url: str) -> str:
+    if re.fullmatch(r"https?://[^/@\s?#]+(/[^@\s?#]*)?", url) is None:
+        shown = url.rpartition("@")[2]  # before it there may be a password
+        raise ValueError(f"should be http://HOST:PORT, without a user or a question mark, not {shown!r}")
+    return url.rstrip("/")
+
+
+class GymEnv(Section):
+    url: Annotated[str, AfterValidator(_server)] | None = None
+    """A resources server: its tools are called and its judgement asked for; the conversation is held here."""
+    agent_url: Annotated[str, AfterValidator(_server)] | None = None
+    """Or an agent server, which holds the conversation itself, with the policy over HTTP."""
+    correct_reward: Finite = 1.0
+    """The least reward of an episode that counts as right in accuracies."""
+    max_connections: Count = 1024
+    """Requests that the server is sent at the same time; more of them wait."""
+    max_retries: Annotated[int, Field(ge=0)] = 4
+    """How often a request is repeated that the server cannot have carried out."""
+    max_response_bytes: Count = 32 * 1024 * 1024
+    """What any one answer of the server may have: an episode with more than that is counted as broken."""
+    start_timeout_seconds: Seconds = 60.0
+    """How long the server may take to be there when the run starts."""
+
+
 class Env(Section):
-    name: Literal["arithmetic", "math"]
-    """arithmetic makes its own problems; math reads its tasks from data and compares numbers."""
+    name: Literal["arithmetic", "math", "gym"]
+    """arithmetic makes its own problems; math reads its tasks from data and compares numbers; gym reads NeMo Gym's rows
+    from data and asks a NeMo Gym server."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
     episode_timeout_seconds: Seconds | None = None
@@ -118,3 +143,12 @@ class Env(Section):
     """Sums of digits."""
     math: MathEnv = MathEnv()
     """Word problems, GSM8K's format."""
+    gym: GymEnv = GymEnv()
+    """A NeMo Gym server over HTTP."""
+
+    @model_validator(mode="after")
+    def _gym_has_one_server(self) -> Self:
+        if self.name == "gym" and (self.gym.url is None) == (self.gym.agent_url is None):
+            found = "both are given" if self.gym.url else "neither is given"
+            raise ValueError(f"name gym needs a server, either gym.url or gym.agent_url: {found}")
+        return self

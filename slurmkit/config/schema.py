@@ -200,12 +200,29 @@ class TrainConfig(Section):
             if self.env.name == "arithmetic" and source.data_path is not None:
                 raise ValueError(f"env.name arithmetic makes its own tasks: {key}.data_path must be null")
             is_needed = key != "data.validation" or (self.validates and not held_out)
-            if self.env.name == "math" and source.data_path is None and is_needed:
+            if self.env.name != "arithmetic" and source.data_path is None and is_needed:
                 raise ValueError(
-                    f"env.name math reads its tasks: {key}.data_path must name a JSONL file, a Parquet file, a folder "
-                    "of the datasets library or, with split, a data set on the hub"
+                    f"env.name {self.env.name} reads its tasks: {key}.data_path must name a JSONL file, a Parquet "
+                    "file, a folder of the datasets library or, with split, a data set on the hub"
                     + (", or data.train.split_validation_size be above 0" if key == "data.validation" else "")
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _an_agent_reaches_the_policy(self) -> Self:
+        if self.env.name != "gym" or self.env.gym.agent_url is None:
+            return self
+        generation = self.policy.generation
+        if generation.backend != "vllm" or not generation.vllm_cfg.expose_http_server:
+            raise ValueError(
+                "env.gym.agent_url names an agent that asks the policy over HTTP: set policy.generation.backend to "
+                "vllm and policy.generation.vllm_cfg.expose_http_server to true"
+            )
+        if generation.top_k is not None:
+            raise ValueError(
+                f"policy.generation.top_k {generation.top_k} cannot be told to an agent (env.gym.agent_url), whose "
+                "requests have temperature and top_p: leave it out"
+            )
         return self
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Domain
+from slurmkit.envs.gym.domain import Gym
 from slurmkit.envs.math import Math
 
 
@@ -15,3 +16,5 @@ def make_domain(config: TrainConfig) -> Domain:
             return Arithmetic(config.env.arithmetic, config.grpo.seed)
         case "math":
             return Math(config.env.math, config.data)
+        case "gym":
+            return Gym(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,37 @@ class Environment(Protocol):
         """Judge the episode. Called once, at its end, whatever ended it."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicyCall:
+    """One reply that an agent had from the policy: the tokens of its prompt, its own, and their logprobs."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Played:
+    """An episode that an agent has played, with its calls of the policy in order. `is_cut`: the last had to stop."""
+
+    calls: tuple[PolicyCall, ...]
+    messages: tuple[Message, ...]
+    num_tool_calls: int
+    score: Score
+    is_cut: bool
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """One episode in other hands, which ask the policy over HTTP. What it raises is meant as an Environment's is."""
+
+    async def ready(self) -> None:
+        """Wait until it can be asked. UserError where it cannot, which ends the run."""
+
+    async def run(self, task: Task) -> Played:
+        """Play the whole episode."""
+
+
 class Domain(Protocol):
     """A kind of environment with its tasks."""
 
@@ -124,8 +155,8 @@ class Domain(Protocol):
     def validation_tasks(self) -> Sequence[Task]:
         """What is held out."""
 
-    def environment(self) -> Environment:
-        """A fresh environment for one episode."""
+    def environment(self) -> Environment | Agent:
+        """A fresh environment for one episode, or the agent that plays it."""
 
     def demonstrate(self, task: Task, rng: Random) -> str:
         """A reply in the right form and sometimes right: what a model made from scratch starts from."""

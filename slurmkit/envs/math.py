@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from random import Random
 
-from slurmkit.config.data import Data, DataSource, MathEnv
+from slurmkit.config.data import Data, MathEnv
 from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 from slurmkit.envs.rows import Row, read_rows
-from slurmkit.envs.tasks import hold_out, side_by_side
+from slurmkit.envs.tasks import read_sources
 from slurmkit.errors import UserError
 
 # The last mark wins: a worked solution may box intermediate results.
@@ -22,31 +22,10 @@ class Math:
 
     def __init__(self, config: MathEnv, data: Data) -> None:
         self._error = config.demonstration_error
-        problems: list[str] = []
-
-        def read(key: str, source: DataSource) -> list[Task]:
-            try:
-                return [_task(row) for row in read_rows(source, key)]
-            except UserError as error:
-                problems.append(str(error))
-                return []
-
-        train, held_out = [], []
-        for key, source in data.train_sources.items():
-            tasks, others = hold_out(read(key, source), source.split_validation_size, source.seed)
-            if source.split_validation_size and tasks + others and not (tasks and others):
-                problems.append(
-                    f"{key}.split_validation_size {source.split_validation_size:g} of the {len(tasks + others)} tasks "
-                    f"in {source.data_path} leaves {len(tasks)} to train on and {len(others)} for validation"
-                )
-            train.append(TaskSource(tasks, source.weight or len(tasks)))
-            held_out.append(others)
-        held_out += [read(key, each) for key, each in data.validation_sources.items() if each.data_path is not None]
-        if problems:
-            raise UserError("\n".join(dict.fromkeys(problems)))
+        train, held_out = read_sources(data, lambda key, source: [_task(row) for row in read_rows(source, key)])
         self.train_sources: Sequence[TaskSource] = train
         self.train_tasks: Sequence[Task] = [task for source in train for task in source.tasks]
-        self.validation_tasks: Sequence[Task] = side_by_side(held_out)
+        self.validation_tasks: Sequence[Task] = held_out
 
     def environment(self) -> _Episode:
         return _Episode()

@@ -37,7 +37,7 @@ def read_rows(source: DataSource, key: str) -> Iterator[Row]:
     elif path.suffix == ".parquet":
         name, rows = path.name, _parquet(path, (source.input_key, source.output_key))
     else:
-        name, rows = path.name, _json_lines(path)
+        name, rows = path.name, json_lines(path)
     for place, number, row in rows:
         for field in (source.input_key, source.output_key):
             if not isinstance(row.get(field), str):
@@ -51,7 +51,8 @@ def read_rows(source: DataSource, key: str) -> Iterator[Row]:
 _Rows = Iterator[tuple[str, int, Mapping[str, Any]]]
 
 
-def _json_lines(path: Path) -> _Rows:
+def json_lines(path: Path) -> _Rows:
+    """Place, number and object of every line that is not empty. UserError names file and line."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
+from slurmkit.config.data import Data, DataSource
 from slurmkit.envs.environment import Task, TaskSource
+from slurmkit.errors import UserError
 
 
 class TaskOrder:
@@ -92,3 +94,33 @@ def side_by_side(sources: Sequence[Sequence[Task]]) -> list[Task]:
         for number, task in enumerate(tasks)
     ]
     return [task for _, _, task in sorted(places, key=lambda place: place[:2])]
+
+
+def read_sources(data: Data, read: Callable[[str, DataSource], list[Task]]) -> tuple[list[TaskSource], list[Task]]:
+    """What is trained on and what is held out, of all sources; `read` is given a source's dotted key and the source.
+
+    UserError lists what is wrong with any of them.
+    """
+    problems: list[str] = []
+
+    def tried(key: str, source: DataSource) -> list[Task]:
+        try:
+            return read(key, source)
+        except UserError as error:
+            problems.append(str(error))
+            return []
+
+    train, held_out = [], []
+    for key, source in data.train_sources.items():
+        tasks, others = hold_out(tried(key, source), source.split_validation_size, source.seed)
+        if source.split_validation_size and tasks + others and not (tasks and others):
+            problems.append(
+                f"{key}.split_validation_size {source.split_validation_size:g} of the {len(tasks + others)} tasks in "
+                f"{source.data_path} leaves {len(tasks)} to train on and {len(others)} for validation"
+            )
+        train.append(TaskSource(tasks, source.weight or len(tasks)))
+        held_out.append(others)
+    held_out += [tried(key, each) for key, each in data.validation_sources.items() if each.data_path is not None]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return train, side_by_side(held_out)

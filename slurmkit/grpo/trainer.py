@@ -363,6 +363,7 @@ class Trainer:
                 episode_seconds=self.config.env.episode_timeout_seconds,
                 max_answer_chars=self.config.env.max_tool_output_chars,
             ),
+            weight_version=self.state.updates,
         )
 
     def is_over(self, rollouts: Rollouts) -> bool:

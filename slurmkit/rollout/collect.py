@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.envs.environment import Domain, Task
+from slurmkit.envs.environment import Agent, Domain, Task
 from slurmkit.errors import UserError
 from slurmkit.generation.actors import together
 from slurmkit.generation.engine import SamplingParams
+from slurmkit.rollout.agent import run_agent
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.episode import BrokenEnvironment, Episode, Generate, Limits, opening, run_episode
 
@@ -58,15 +59,27 @@ async def collect(
     chat: Chat,
     sampling: Sampling,
     limits: Limits,
+    weight_version: int = 0,
 ) -> list[Group]:
     """Play `episodes_per_task` episodes of every task, all concurrently.
+
+    `weight_version` is that of the present weights, for who plays episodes without being told.
 
     An episode whose environment raises is missing from its group and named there. A failing engine ends everything.
     """
 
     async def play(task: Task, sampling: SamplingParams) -> Episode | str:
         try:
-            return await run_episode(task, domain.environment(), policy, chat, sampling, limits)
+            environment = domain.environment()
+            if isinstance(environment, Agent):
+                return await run_agent(
+                    task,
+                    environment,
+                    temperature=sampling.temperature,
+                    weight_version=weight_version,
+                    timeout_seconds=limits.call_seconds,
+                )
+            return await run_episode(task, environment, policy, chat, sampling, limits)
         except BrokenEnvironment as error:
             return str(error)
 
@@ -91,8 +104,11 @@ async def refuse_prompts_that_never_fit(
     """UserError where not one of the tasks has a prompt that leaves room for a reply. Stops at the first that does."""
     limit, shortest = config.policy.max_total_sequence_length, (0, "")
     for task in tasks:
+        environment = domain.environment()
+        if isinstance(environment, Agent):
+            return  # which alone knows what it will ask
         try:
-            opened = await opening(task, domain.environment(), timeout_seconds=config.env.timeout_seconds)
+            opened = await opening(task, environment, timeout_seconds=config.env.timeout_seconds)
         except BrokenEnvironment:
             return  # the rollouts will say so
         length = len(chat.prompt(opened).ids)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy
 
-from slurmkit.envs.environment import Environment, Message, Opening, Score, Task
+from slurmkit.envs.environment import Agent, Environment, Message, Opening, Score, Task
 from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat, Prompt
 from slurmkit.rollout.tool_calls import MalformedCall, Reading
@@ -122,7 +122,7 @@ async def run_episode(
         if not deadline.expired():
             raise
         reason = "timeout"
-    score = await _asked(_judged(environment), task, environment, limits.call_seconds)
+    score = await asked(_judged(environment), task, environment, limits.call_seconds)
     return Episode(
         task,
         prompt_ids,
@@ -182,7 +182,7 @@ class _Play:
         given: Sequence[Message] = ()
         if reply.tool_calls or not reading.calls:
             step = self.environment.step(reply)
-            given = await _asked(step, self.task, self.environment, self.limits.call_seconds)
+            given = await asked(step, self.task, self.environment, self.limits.call_seconds)
             if not given:
                 return []
         answers, rest = list[Message](), iter(given)
@@ -211,7 +211,7 @@ def _of_turn(sampling: SamplingParams, turn: int) -> SamplingParams:
 
 async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Opening:
     """What an episode starts with. BrokenEnvironment as in `run_episode`."""
-    return await _asked(environment.start(task), task, environment, timeout_seconds)
+    return await asked(environment.start(task), task, environment, timeout_seconds)
 
 
 async def _judged(environment: Environment) -> Score:
@@ -221,10 +221,10 @@ async def _judged(environment: Environment) -> Score:
     return score
 
 
-async def _asked(
-    answer: Coroutine[Any, Any, Answer], task: Task, environment: Environment, timeout_seconds: float
+async def asked(
+    answer: Coroutine[Any, Any, Answer], task: Task, environment: Environment | Agent, timeout_seconds: float
 ) -> Answer:
-    """What the environment answers, in time."""
+    """What the environment answers, in time. BrokenEnvironment where it raises."""
     try:
         try:
             waits_for = answer.send(None)
