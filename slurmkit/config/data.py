@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from slurmkit.config.kinds import Positive, Seconds
+from slurmkit.config.kinds import Count, Positive, Seconds
 from slurmkit.config.section import Field, Section, model_validator
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -15,9 +15,10 @@ class DataSource(Section):
     data_path: str | None = None
     """A JSONL or Parquet file, a folder that the `datasets` library opens, or, with split, a data set on the hub."""
     input_key: str = "question"
-    """The key, or column, of the text that is put to the model."""
+    """The key, or column, of what is put to the model: text, or a list of messages that ends with the user's. One
+    inside another is named as extra.prompt."""
     output_key: str = "answer"
-    """The key, or column, of the text that its reply is compared with."""
+    """The key, or column, of the text that its reply is compared with, such as reward_model.ground_truth."""
     subset: str | None = None
     """The configuration of a data set on the hub, where it has several."""
     split: str | None = None
@@ -99,16 +100,20 @@ class ArithmeticEnv(Section):
 
 
 class MathEnv(Section):
+    num_workers: Count = 4
+    """Processes on the driver's node that compare answers which are no plain numbers; they start with the first one."""
+    verify_timeout_seconds: Seconds = 5.0
+    """How long one comparison may take; an answer that takes longer counts as wrong."""
     demonstration_error: Annotated[int, Field(ge=0)] = 3
     """As for arithmetic: demonstrated answers are off by up to this much."""
 
 
 class Env(Section):
     name: Literal["arithmetic", "math"]
-    """arithmetic makes its own problems; math reads its tasks from data and compares numbers."""
+    """arithmetic makes its own problems; math reads its tasks from data and compares answers."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()
-    """Word problems, GSM8K's format."""
+    """Problems with one answer, GSM8K's or DAPO's."""

@@ -27,6 +27,7 @@ MAY_DIFFER = frozenset(
             "policy.generation.stall_timeout_seconds",
             "policy.generation.vllm_cfg",
             "env.timeout_seconds",
+            "env.math.num_workers",
         ),
     }
 )
