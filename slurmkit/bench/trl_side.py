@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from slurmkit.envs.math import final_number
+from slurmkit.envs.answers import final_number
 
 
 class Clock:

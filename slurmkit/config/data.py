@@ -15,9 +15,10 @@ class DataSource(Section):
     data_path: str | None = None
     """A JSONL or Parquet file, a folder that the `datasets` library opens, or, with split, a data set on the hub."""
     input_key: str = "question"
-    """The key, or column, of the text that is put to the model."""
+    """The key, or column, of what is put to the model: text, or a list of messages that ends with the user's. One
+    inside another is named as extra.prompt."""
     output_key: str = "answer"
-    """The key, or column, of the text that its reply is compared with."""
+    """The key, or column, of the text that its reply is compared with, such as reward_model.ground_truth."""
     subset: str | None = None
     """The configuration of a data set on the hub, where it has several."""
     split: str | None = None
@@ -99,6 +100,10 @@ class ArithmeticEnv(Section):
 
 
 class MathEnv(Section):
+    num_workers: Count = 4
+    """Processes on the driver's node that compare answers which are no plain numbers; they start with the first one."""
+    verify_timeout_seconds: Seconds = 5.0
+    """How long one comparison may take; an answer that takes longer counts as wrong."""
     demonstration_error: Annotated[int, Field(ge=0)] = 3
     """As for arithmetic: demonstrated answers are off by up to this much."""
 
@@ -129,7 +134,7 @@ class GymEnv(Section):
 
 class Env(Section):
     name: Literal["arithmetic", "math", "gym"]
-    """arithmetic makes its own problems; math reads its tasks from data and compares numbers; gym reads NeMo Gym's rows
+    """arithmetic makes its own problems; math reads its tasks from data and compares answers; gym reads NeMo Gym's rows
     from data and asks a NeMo Gym server."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
@@ -142,7 +147,7 @@ class Env(Section):
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()
-    """Word problems, GSM8K's format."""
+    """Problems with one answer, GSM8K's or DAPO's."""
     gym: GymEnv = GymEnv()
     """A NeMo Gym server over HTTP."""
 

@@ -27,6 +27,7 @@ MAY_DIFFER = frozenset(
             "policy.generation.stall_timeout_seconds",
             "policy.generation.vllm_cfg",
             "env.timeout_seconds",
+            "env.math.num_workers",
             *("env.gym.url", "env.gym.agent_url", "env.gym.max_connections", "env.gym.max_retries"),
             *("env.gym.max_response_bytes", "env.gym.start_timeout_seconds"),
         ),

@@ -1,20 +1,17 @@
-"""Word problems with one number as the answer, as in GSM8K: {"question": ..., "answer": "... #### 72"}, or "72"."""
+r"""Problems with one answer: a number, as GSM8K's `#### 72`, or any expression, as `\boxed{\frac12}` or DAPO's `34`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from random import Random
 
 from slurmkit.config.data import Data, MathEnv
+from slurmkit.envs.answers import final_answer, is_prose, number
 from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 from slurmkit.envs.rows import Row, read_rows
 from slurmkit.envs.tasks import read_sources
+from slurmkit.envs.verifier import Verifier
 from slurmkit.errors import UserError
-
-# The last mark wins: a worked solution may box intermediate results.
-_MARKS = re.compile(r"####\s*(?P<hashes>[^\n]+)|\\boxed\{(?P<boxed>[^{}]*)\}")
 
 
 class Math:
@@ -22,25 +19,31 @@ class Math:
 
     def __init__(self, config: MathEnv, data: Data) -> None:
         self._error = config.demonstration_error
+        self._verifier = Verifier(config.num_workers, config.verify_timeout_seconds)
         train, held_out = read_sources(data, lambda key, source: [_task(row) for row in read_rows(source, key)])
         self.train_sources: Sequence[TaskSource] = train
         self.train_tasks: Sequence[Task] = [task for source in train for task in source.tasks]
         self.validation_tasks: Sequence[Task] = held_out
 
     def environment(self) -> _Episode:
-        return _Episode()
+        return _Episode(self._verifier)
 
     def demonstrate(self, task: Task, rng: Random) -> str:
-        return f"#### {Decimal(task.answer) + rng.randint(-self._error, self._error)}"
+        off = rng.randint(-self._error, self._error)
+        right = number(task.answer)
+        if right is not None:
+            return f"#### {right + off}"
+        return rf"\boxed{{{off or task.answer}}}"
 
 
 class _Episode:
-    def __init__(self) -> None:
-        self._answer = Decimal(0)
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+        self._truth = ""
         self._reply = ""
 
     async def start(self, task: Task) -> Opening:
-        self._answer = Decimal(task.answer)
+        self._truth = task.answer
         return Opening(task.messages)
 
     async def step(self, reply: Message) -> Sequence[Message]:
@@ -48,33 +51,27 @@ class _Episode:
         return ()
 
     async def score(self) -> Score:
-        correct = final_number(self._reply) == self._answer
+        answer = final_answer(self._reply)
+        found, right = number(answer), number(self._truth)
+        if found is not None and right is not None:
+            correct = found == right
+        elif not answer or answer == self._truth:
+            correct = bool(answer)
+        elif right is not None and not any(char.isdigit() or char == "\\" for char in answer):
+            correct = False  # words: models that are still to learn the form say many
+        else:
+            correct = await self._verifier.compare(answer, self._truth) == "right"
         return Score(reward=float(correct), correct=correct)
 
 
-def final_number(text: str) -> Decimal | None:
-    r"""The number after the last `#### ` or in the last `\boxed{}`; None where there is none.
-
-    Thousands separators, currency signs, a percent sign and a final full stop do not count: `$1,200.` is 1200.
-    """
-    marks = list(_MARKS.finditer(text))
-    return _number(marks[-1]["hashes"] or marks[-1]["boxed"] or "") if marks else None
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text.strip().rstrip(".%").lstrip("$€£").replace(",", ""))
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None
-
-
 def _task(row: Row) -> Task:
-    answer = _number(row.output)
-    if answer is None:
-        answer = final_number(row.output)
-    if answer is None:
+    answer = final_answer(row.output)
+    if not answer and not is_prose(row.output):
+        answer = final_answer(f"#### {row.output}")  # without what is mere layout
+    if not answer:
         raise UserError(
-            f"{row.place}: the answer does not end in `#### NUMBER`, and is no number itself: {row.output[-60:]!r}"
+            f"{row.place}: the answer does not end in `#### 72`, `\\boxed{{72}}` or `Answer: 72`, and is neither a "
+            f"number nor an expression itself: {row.output[-60:]!r}"
         )
-    return Task(name=row.name, question=row.input, answer=str(answer))
+    found = number(answer)
+    return Task(row.name, row.input, answer if found is None else str(found), row.context)

@@ -12,16 +12,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurmkit.config.data import DataSource
+from slurmkit.envs.environment import Message
 from slurmkit.errors import UserError
 
 
 class Row(NamedTuple):
-    """One row's two texts. `name` is short, as rows.jsonl:7; `place` is what a message needs to find the row."""
+    """One row's two texts. `name` is short, as rows.jsonl:7; `place` is what a message needs to find the row. `context`
+    is what was said before the input."""
 
     name: str
     place: str
     input: str
     output: str
+    context: tuple[Message, ...] = ()
+
+
+class Record(NamedTuple):
+    """One row with all its values; `name` and `place` as of a Row."""
+
+    name: str
+    place: str
+    values: Mapping[str, Any]
 
 
 def read_rows(source: DataSource, key: str) -> Iterator[Row]:
@@ -30,25 +41,71 @@ def read_rows(source: DataSource, key: str) -> Iterator[Row]:
     Raises UserError with file and row where a row is not what it must be, and with the file, or the name on the hub,
     where it cannot be read or holds no row.
     """
+    for name, place, row in read_records(source, key, (source.input_key, source.output_key)):
+        *context, question = _messages(row, source.input_key, place)
+        answer = _value(row, source.output_key)
+        if not isinstance(answer, str):
+            raise UserError(f"{place}: the key {source.output_key!r} must hold text{_but(row, answer)}")
+        yield Row(name, place, question.content, answer, tuple(context))
+
+
+def read_records(source: DataSource, key: str, columns: Sequence[str]) -> Iterator[Record]:
+    """As `read_rows`, with values of any kind: of tables the `columns`, of JSON lines whatever there is."""
     assert source.data_path is not None  # the schema has seen to it
     path, found = Path(source.data_path), 0
     if path.is_dir() or (source.may_be_on_hub and not path.exists()):
-        name, rows = path.name if path.is_dir() else source.data_path, _dataset(source, key)
+        name, rows = path.name if path.is_dir() else source.data_path, _dataset(source, key, columns)
     elif path.suffix == ".parquet":
-        name, rows = path.name, _parquet(path, (source.input_key, source.output_key))
+        name, rows = path.name, _parquet(path, columns)
     else:
         name, rows = path.name, json_lines(path)
     for place, number, row in rows:
-        for field in (source.input_key, source.output_key):
-            if not isinstance(row.get(field), str):
-                raise UserError(f"{place}: the key {field!r} must hold text (keys: {', '.join(row) or 'none'})")
-        yield Row(f"{name}:{number}", place, row[source.input_key], row[source.output_key])
+        yield Record(f"{name}:{number}", place, row)
         found += 1
     if not found:
         raise UserError(f"{source.data_path}: holds no task")
 
 
 _Rows = Iterator[tuple[str, int, Mapping[str, Any]]]
+
+
+def _value(row: Mapping[str, Any], key: str) -> Any:
+    """What is at a key, or, along its dots, inside others; None where there is nothing."""
+    if key in row or "." not in key:
+        return row.get(key)
+    first, rest = key.split(".", 1)
+    inner = row.get(first)
+    return _value(inner, rest) if isinstance(inner, Mapping) else None
+
+
+def _but(row: Mapping[str, Any], value: Any) -> str:
+    """What a row has in place of what it must have."""
+    if value is None:
+        return f" (keys: {', '.join(map(str, row)) or 'none'})"
+    shown = repr(value)
+    return f", found {shown if len(shown) <= 100 else shown[:99] + '…'}"
+
+
+def _messages(row: Mapping[str, Any], key: str, place: str) -> list[Message]:
+    """A prompt: one user's message, or several of which the last is."""
+    value = _value(row, key)
+    if isinstance(value, str):
+        return [Message("user", value)]
+    if not isinstance(value, list) or not value:
+        what = "must hold text, or a list of messages"
+        raise UserError(f"{place}: the key {key!r} {what}{_but(row, value)}")
+    found = []
+    for index, each in enumerate(value):
+        role, content = (each.get("role"), each.get("content")) if isinstance(each, Mapping) else (None, None)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise UserError(
+                f"{place}: the message {key}.{index} must have a role (system, user or assistant) and a content that "
+                f"is text{_but(row, each)}"
+            )
+        found.append(Message(role, content))
+    if found[-1].role != "user":
+        raise UserError(f"{place}: the last message of {key!r} must be the user's, found one of role {found[-1].role}")
+    return found
 
 
 def json_lines(path: Path) -> _Rows:
@@ -75,9 +132,11 @@ def _parquet(path: Path, columns: Sequence[str]) -> _Rows:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            _need_columns(path, file.schema_arrow.names, columns)
+            has = file.schema_arrow.names
+            _need_columns(path, has, columns)
+            needed = list({_column(key, has) for key in columns})
             for group in range(file.num_row_groups):
-                for row in file.read_row_group(group, columns=list(columns)).to_pylist():
+                for row in file.read_row_group(group, columns=needed).to_pylist():
                     number += 1
                     yield f"{path}: row {number}", number, row
     except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of them
@@ -85,7 +144,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> _Rows:
         raise UserError(f"{path}: cannot be read as Parquet, after row {number}: {reason}") from None
 
 
-def _dataset(source: DataSource, key: str) -> _Rows:
+def _dataset(source: DataSource, key: str, columns: Sequence[str]) -> _Rows:
     name = str(source.data_path)
     datasets = _library("datasets", name)
     datasets.disable_progress_bars()
@@ -106,17 +165,23 @@ def _dataset(source: DataSource, key: str) -> _Rows:
         found = found[source.split]
     elif is_saved and source.split not in (None, str(found.split)):
         raise UserError(f"{key}.split: {name} is a data set without splits: leave {source.split} out")
-    _need_columns(name, found.column_names, (source.input_key, source.output_key))
+    has = found.column_names
+    _need_columns(name, has, columns)
     number = 0
-    for batch in found.select_columns(list({source.input_key, source.output_key})).iter(batch_size=1000):
+    for batch in found.select_columns(list({_column(key, has) for key in columns})).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield f"{name}: row {number}", number, dict(zip(batch, values, strict=True))
 
 
+def _column(key: str, has: Iterable[str]) -> str:
+    """The column that a key is in: its own, or the one before its first dot."""
+    return key if key in has else key.partition(".")[0]
+
+
 def _need_columns(name: str | Path, has: Iterable[str], columns: Sequence[str]) -> None:
     for column in columns:
-        if column not in has:
+        if _column(column, has) not in has:
             raise UserError(f"{name}: there is no column {column!r} (columns: {', '.join(has) or 'none'})")
 
 

@@ -12,9 +12,10 @@ import pytest
 from parts import need_shared_data
 
 from slurmkit.config.data import ArithmeticEnv, Data, MathEnv
+from slurmkit.envs.answers import final_number
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Domain, Message, Score, Task, TaskSource
-from slurmkit.envs.math import Math, final_number
+from slurmkit.envs.math import Math
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import UserError
 
