@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from slurmkit.config.kinds import Positive, Seconds
+from slurmkit.config.kinds import Count, Positive, Seconds
 from slurmkit.config.section import Field, Section, model_validator
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
@@ -103,12 +103,29 @@ class MathEnv(Section):
     """As for arithmetic: demonstrated answers are off by up to this much."""
 
 
+class WorkplaceEnv(Section):
+    databases: str | None = None
+    """A folder with WorkBench's or NeMo Gym's CSV files; null makes a company up, which follows from world_seed."""
+    world_seed: Annotated[int, Field(ge=0)] = 0
+    """Which company is made up. Tasks of `slurmkit data workplace` belong to the one that they were made for."""
+    scoring: Literal["gym", "strict"] = "gym"
+    """Which end states count as equal: gym as NeMo Gym compares, quirks included; strict in any order, and where
+    nothing was to be changed only if some tool was used. docs/environments.md has both in full."""
+    max_turns: Count = 6
+    """Replies of an episode: the calls of the last are still carried out."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and tell how many, in place of ending the run."""
+
+
 class Env(Section):
-    name: Literal["arithmetic", "math"]
-    """arithmetic makes its own problems; math reads its tasks from data and compares numbers."""
+    name: Literal["arithmetic", "math", "workplace"]
+    """arithmetic makes its own problems; math reads its tasks from data and compares numbers; workplace reads tasks
+    that are done by tool calls, and compares databases."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()
     """Word problems, GSM8K's format."""
+    workplace: WorkplaceEnv = WorkplaceEnv()
+    """The Workplace Assistant: NeMo Gym's rows, or WorkBench's tasks."""

@@ -6,6 +6,7 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Domain
 from slurmkit.envs.math import Math
+from slurmkit.envs.workplace.domain import Workplace
 
 
 def make_domain(config: TrainConfig) -> Domain:
@@ -15,3 +16,5 @@ def make_domain(config: TrainConfig) -> Domain:
             return Arithmetic(config.env.arithmetic, config.grpo.seed)
         case "math":
             return Math(config.env.math, config.data)
+        case "workplace":
+            return Workplace(config.env.workplace, config.data)

@@ -24,25 +24,39 @@ class Row(NamedTuple):
     output: str
 
 
+class Record(NamedTuple):
+    """One row with all its values; `name` and `place` as of a Row."""
+
+    name: str
+    place: str
+    values: Mapping[str, Any]
+
+
 def read_rows(source: DataSource, key: str) -> Iterator[Row]:
     """All rows of the source at the dotted key `key`; lines, and rows of a table, are counted from 1.
 
     Raises UserError with file and row where a row is not what it must be, and with the file, or the name on the hub,
     where it cannot be read or holds no row.
     """
-    assert source.data_path is not None  # the schema has seen to it
-    path, found = Path(source.data_path), 0
-    if path.is_dir() or (source.may_be_on_hub and not path.exists()):
-        name, rows = path.name if path.is_dir() else source.data_path, _dataset(source, key)
-    elif path.suffix == ".parquet":
-        name, rows = path.name, _parquet(path, (source.input_key, source.output_key))
-    else:
-        name, rows = path.name, _json_lines(path)
-    for place, number, row in rows:
+    for name, place, row in read_records(source, key, (source.input_key, source.output_key)):
         for field in (source.input_key, source.output_key):
             if not isinstance(row.get(field), str):
                 raise UserError(f"{place}: the key {field!r} must hold text (keys: {', '.join(row) or 'none'})")
-        yield Row(f"{name}:{number}", place, row[source.input_key], row[source.output_key])
+        yield Row(name, place, row[source.input_key], row[source.output_key])
+
+
+def read_records(source: DataSource, key: str, columns: Sequence[str]) -> Iterator[Record]:
+    """As `read_rows`, with values of any kind: of tables the `columns`, of JSON lines whatever there is."""
+    assert source.data_path is not None  # the schema has seen to it
+    path, found = Path(source.data_path), 0
+    if path.is_dir() or (source.may_be_on_hub and not path.exists()):
+        name, rows = path.name if path.is_dir() else source.data_path, _dataset(source, key, columns)
+    elif path.suffix == ".parquet":
+        name, rows = path.name, _parquet(path, columns)
+    else:
+        name, rows = path.name, _json_lines(path)
+    for place, number, row in rows:
+        yield Record(f"{name}:{number}", place, row)
         found += 1
     if not found:
         raise UserError(f"{source.data_path}: holds no task")
@@ -84,7 +98,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> _Rows:
         raise UserError(f"{path}: cannot be read as Parquet, after row {number}: {reason}") from None
 
 
-def _dataset(source: DataSource, key: str) -> _Rows:
+def _dataset(source: DataSource, key: str, columns: Sequence[str]) -> _Rows:
     name = str(source.data_path)
     datasets = _library("datasets", name)
     datasets.disable_progress_bars()
@@ -105,9 +119,9 @@ def _dataset(source: DataSource, key: str) -> _Rows:
         found = found[source.split]
     elif is_saved and source.split not in (None, str(found.split)):
         raise UserError(f"{key}.split: {name} is a data set without splits: leave {source.split} out")
-    _need_columns(name, found.column_names, (source.input_key, source.output_key))
+    _need_columns(name, found.column_names, columns)
     number = 0
-    for batch in found.select_columns(list({source.input_key, source.output_key})).iter(batch_size=1000):
+    for batch in found.select_columns(list(dict.fromkeys(columns))).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield f"{name}: row {number}", number, dict(zip(batch, values, strict=True))
