@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from random import Random
 
-CASES, SEED = 240, 7
+CASES, SEED = 300, 7
 WRITES = ("send", "delete", "forward", "reply", "create", "update", "add")
 FREE = ("subject", "body", "event_name", "task_name", "customer_name", "notes")
 ODD = [57, 0, True, False, 2.5, None, ["a"], [], {"a": 1}, ["00000057", "b"]]
@@ -45,7 +45,9 @@ class Random27(Random):
         return f"{self.day()} {self.randint(8, 18):02}:{self.some('00', '30')}:00"
 
     def text(self):
-        return self.some("Hello", "hello", "Update", "RE: plan", "Sprint (review", "a|b", "sync", "Task Update", "")
+        return self.some(
+            "Hello", "hello", "Update", "RE: plan", "Sprint (review", "a|b", "sync", "Task Update", "hm", ""
+        )
 
     def name(self):
         return self.some("aisha", "carlos", "nadia", "raj", "kofi", "a", ".")
@@ -175,7 +177,7 @@ class Random27(Random):
 
     def call(self, names, *, odd):
         writes = [name for name in names if any(f"{verb}_" in name.split(".")[1] for verb in WRITES)]
-        name = self.choice(writes if self.random() < 0.65 else names)
+        name = self.choice(writes if self.random() < 0.8 else names)
         arguments, name = self.arguments(name), name.replace(".", "_")
         if odd and self.random() < 0.35:
             kind = self.random()
@@ -201,7 +203,7 @@ class Random27(Random):
         ]
 
     def case(self, names, *, odd):
-        gold = [self.call(names, odd=odd) for _ in range(self.randint(0, 4))]
+        gold = [self.call(names, odd=odd) for _ in range(self.randint(1, 5))]
         predicted, kind = list(gold), self.random()
         if kind < 0.25:
             self.shuffle(predicted)
