@@ -9,7 +9,7 @@ import numpy
 from slurmkit.envs.environment import Message, Score, Task
 from slurmkit.generation.engine import Completion, FinishReason
 from slurmkit.rollout.collect import Group
-from slurmkit.rollout.episode import Episode
+from slurmkit.rollout.episode import Episode, EpisodeEnd, Turn
 
 
 def completion(
@@ -25,16 +25,33 @@ def completion(
 
 
 def episode(
-    reward: float, *, name: str = "task", length: int = 2, reason: FinishReason = "stop", correct: bool | None = None
+    reward: float, *, name: str = "task", length: int = 2, reason: EpisodeEnd = "stop", correct: bool | None = None
 ) -> Episode:
-    """An episode that is correct where its reward is above 0, of a prompt of three tokens."""
-    length = 0 if reason == "prompt_too_long" else length
+    """An episode of one reply that is correct where its reward is above 0, of a prompt of three tokens."""
+    replies = [] if reason == "prompt_too_long" else [completion((7,) * length, (-0.5,) * length)]
+    return conversation(reward, *replies, name=name, reason=reason, correct=correct)
+
+
+def conversation(
+    reward: float,
+    *replies: Completion,
+    name: str = "task",
+    reason: EpisodeEnd = "stop",
+    correct: bool | None = None,
+    added: Sequence[int] = (8, 9),
+    prompt: Sequence[int] = (1, 2, 3),
+    new: Sequence[int] = (),
+) -> Episode:
+    """An episode of several replies, `added` before each but the first; those with the numbers `new` begin a sample."""
+    begins = [index in (0, *new) for index in range(len(replies))]
+    given = [tuple(prompt) if begun else tuple(added) for begun in begins]
     return Episode(
         task=Task(name, f"{name}?", "1"),
-        prompt_ids=(1, 2, 3),
-        completion=completion((7,) * length, (-0.5,) * length, reason),
+        prompt_ids=tuple(prompt),
+        turns=tuple(map(Turn, given, replies, begins)),
         temperature=1.0,
         score=Score(reward, reward > 0 if correct is None else correct),
+        finish_reason=reason,
         messages=(Message("user", f"{name}?"), Message("assistant", "1")),
     )
 

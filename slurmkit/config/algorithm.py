@@ -101,6 +101,8 @@ class Grpo(Section):
     """Tasks that a step draws."""
     num_generations_per_prompt: Count = 16
     """Episodes per task: the size of a group."""
+    max_rollout_turns: Count = 10
+    """Replies of the model in one episode, at most; its tool calls in the last one are still made."""
     max_num_epochs: Count = 1
     """Passes over the training tasks, at most."""
     max_num_steps: Count = 1_000_000

@@ -123,6 +123,12 @@ class Env(Section):
     that are done by tool calls, and compares databases."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
+    episode_timeout_seconds: Seconds | None = None
+    """How long a whole episode may take from its opening on; then it ends and is judged as it stands. null waits for
+    it."""
+    max_tool_output_chars: Count = 20_000
+    """Characters of any one answer to the model, such as a tool's output; of a longer one the beginning is given, and
+    how much is missing."""
     arithmetic: ArithmeticEnv = ArithmeticEnv()
     """Sums of digits."""
     math: MathEnv = MathEnv()

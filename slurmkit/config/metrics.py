@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slurmkit.config.schema import TrainConfig
 
+_CONVERSATION = ("turns_mean", "tool_calls_mean", "malformed_tool_calls", "max_turns_reached", "timed_out")
 _ROLLOUT = (
     *("reward_mean", "accuracy", "truncated_fraction", "groups_with_signal", "broken_episodes", "prompts_too_long"),
+    *_CONVERSATION,
     *(f"{part}_tokens_{figure}" for part in ("prompt", "completion", "sequence") for figure in ("mean", "max")),
     *("total_tokens", "tokens_without_logprob", "gen_batches", "discarded_groups", "age_mean", "age_max"),
 )
@@ -21,6 +23,7 @@ _UPDATE = (
 _VALIDATION = (
     *("accuracy", "reward_mean", "completion_tokens_mean", "truncated_fraction"),
     *("broken_episodes", "prompts_too_long"),
+    *_CONVERSATION,
 )
 _PHASES = ("rollout", "update", "weights", "other", "step")
 _RATES = (

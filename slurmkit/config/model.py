@@ -160,6 +160,9 @@ class VllmCfg(Section):
         return self
 
 
+ToolParser = Literal["hermes", "llama3_json", "nemotron"]
+
+
 class Generation(Section):
     backend: Literal["torch", "vllm"] = "torch"
     """The engine: torch is the embedded one, vllm the one for real models, which must be installed."""
@@ -173,6 +176,9 @@ class Generation(Section):
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
     max_batch_size: Count = 256
     """Completions that one engine samples together."""
+    tool_parser: ToolParser | None = None
+    """How the model writes tool calls: hermes (Qwen, Hermes), llama3_json or nemotron (Nemotron Nano v2); null looks
+    into its chat template."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often each engine is started again where it dies; 0 ends the run."""
     stall_timeout_seconds: Seconds | None = None
@@ -241,7 +247,7 @@ class Policy(Section):
     allow_remote_code: tuple[str, ...] = ()
     """Names, as in model_name, of models that may run Python code of their own."""
     train_global_batch_size: Count = 512
-    """Samples per optimiser step."""
+    """Episodes per optimiser step."""
     train_micro_batch_size: Count = 4
     """Sequences of full length that one forward and backward on one rank has room for; shorter ones are more."""
     sequence_packing: SequencePacking = SequencePacking()
@@ -249,7 +255,7 @@ class Policy(Section):
     logprob_chunk_size: Count | None = None
     """Tokens whose logits exist at one time, forward and backward; null is as many as fill 32 MiB, on a GPU 1 GiB."""
     max_total_sequence_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens of prompt and completion together; a longer prompt is not trained on."""
+    """Tokens of a conversation, prompt and replies together; a longer prompt is not trained on."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of policy and engines. Master weights, logprobs and the loss are float32 either way."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -87,7 +87,9 @@ class Rollouts:
 
     def ages(self, groups: Iterable[Group], step: int) -> dict[str, float]:
         """Of the sampled tokens of a step's groups, with their names in metrics.jsonl."""
-        sampled = [episode.completion.weight_versions for group in groups for episode in group.episodes]
+        sampled = [
+            turn.completion.weight_versions for group in groups for episode in group.episodes for turn in episode.turns
+        ]
         versions, counts = numpy.unique(numpy.concatenate([numpy.zeros(0, numpy.int32), *sampled]), return_counts=True)
         if not len(versions):
             return {}

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from heapq import heappop, heappush, heapreplace
+from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy
@@ -81,14 +83,16 @@ def optimizer_steps(
     num_ranks: int,
     loss_fn: LossFn,
 ) -> list[OptimizerStep]:
-    """Cut the samples of a step into optimiser steps, and each of those into micro-batches over `num_ranks`.
+    """Cut the samples of a step into optimiser steps of `global_batch_size` episodes, and each of those into
+    micro-batches over `num_ranks`. The samples of an episode follow each other.
 
     Samples that have no gradient (nothing is trained, or all advantages are 0 and nothing else in the loss pulls) are
     counted in the denominators and left out; an optimiser step without any other is, too.
     """
     steps = []
-    for first in range(0, len(samples), global_batch_size):
-        batch = samples[first : first + global_batch_size]
+    episodes = [list(each) for _, each in groupby(samples, key=attrgetter("rollout_id"))]
+    for first in range(0, len(episodes), global_batch_size):
+        batch = list(chain.from_iterable(episodes[first : first + global_batch_size]))
         weights = loss_weights(batch, loss_fn)
         trained = [
             (sample, weight)

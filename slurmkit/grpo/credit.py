@@ -23,25 +23,29 @@ from slurmkit.rollout.sample import Sample
 def make_samples(groups: Sequence[Group]) -> list[Sample]:
     """The samples of all groups, with advantages of 0 until they are credited.
 
-    An episode without a single sampled token (its prompt did not fit) gives none. A token whose logprob the engine
+    An episode without a single sampled token (its prompt did not fit) gives none, and one whose conversation was begun
+    anew several: what it was begun with is given, and trained where it was sampled. A token whose logprob the engine
     could not tell (NaN, infinite) is not trained on, and so is in no denominator.
     """
     places = [
-        (group_id, rollout_id, episode)
+        (group_id, rollout_id, episode, turns)
         for group_id, group in enumerate(_played(groups))
         for rollout_id, episode in group
+        for turns in episode.samples
     ]
     if not places:
         return []
     # All of them end to end, and cut at the end: a few calls of numpy for the step, in place of a few for each.
     pieces, known, lengths = list[NDArray[numpy.int32]](), list[NDArray[numpy.float32]](), list[int]()
-    prompts = {prompt: numpy.array(prompt, numpy.int32) for prompt in {each.prompt_ids for _, _, each in places}}
-    nothing = numpy.full(max(map(len, prompts)), nan, numpy.float32)
-    for _, _, episode in places:
-        prompt = prompts[episode.prompt_ids]
-        pieces += prompt, episode.completion.token_ids
-        known += nothing[: len(prompt)], episode.completion.logprobs
-        lengths.append(len(prompt) + len(episode.completion.token_ids))
+    # The episodes of a group share their prompt, by identity: comparing long prompts would take longer than all else.
+    added = {id(turn.added_ids): turn.added_ids for *_, turns in places for turn in turns}
+    given = {number: numpy.array(ids, numpy.int32) for number, ids in added.items()}
+    nothing = numpy.full(max(map(len, given.values())), nan, numpy.float32)
+    for *_, turns in places:
+        for turn in turns:
+            pieces += given[id(turn.added_ids)], turn.completion.token_ids
+            known += nothing[: len(turn.added_ids)], turn.completion.logprobs
+        lengths.append(sum(len(turn.added_ids) + len(turn.completion.token_ids) for turn in turns))
     ends = list(itertools.accumulate(lengths))
     token_ids, logprobs = numpy.concatenate(pieces, dtype=numpy.int32), numpy.concatenate(known, dtype=numpy.float32)
     loss_mask, advantage = numpy.isfinite(logprobs), numpy.zeros(len(token_ids), numpy.float32)
@@ -55,10 +59,10 @@ def make_samples(groups: Sequence[Group]) -> list[Sample]:
             group_id=group_id,
             rollout_id=rollout_id,
             temperature=episode.temperature,
-            weight_version=int(episode.completion.weight_versions[0]),
-            finish_reason=episode.completion.finish_reason,
+            weight_version=int(turns[0].completion.weight_versions[0]),
+            finish_reason=episode.finish_reason,
         )
-        for (group_id, rollout_id, episode), start, end in zip(places, [0, *ends], ends, strict=False)
+        for (group_id, rollout_id, episode, turns), start, end in zip(places, [0, *ends], ends, strict=False)
     ]
 
 
@@ -94,7 +98,7 @@ def credit(
         "train:groups_with_signal": float(len(groups) - dropped.total()),
         **{f"train:dropped_groups/{reason}": float(count) for reason, count in sorted(dropped.items())},
     }
-    sampled = sum(len(episode.completion.token_ids) for group in played for _, episode in group)
+    sampled = sum(episode.num_sampled_tokens for group in played for _, episode in group)
     metrics["train:tokens_without_logprob"] = float(sampled - tokens.total())
     if loss_fn.use_kl_in_reward:
         metrics["train:kl_penalty"] = sum(kl.values()) / max(1, tokens.total())
@@ -104,17 +108,17 @@ def credit(
 def _played(groups: Sequence[Group]) -> list[list[tuple[int, Episode]]]:
     """Of each group, the episodes with a sampled token, each with its `rollout_id`."""
     numbers = itertools.count()
-    return [
-        [(next(numbers), episode) for episode in group.episodes if len(episode.completion.token_ids)]
-        for group in groups
-    ]
+    return [[(next(numbers), episode) for episode in group.episodes if episode.num_sampled_tokens] for group in groups]
 
 
 def reason_without_signal(group: Group) -> str:
     """Why a group teaches nothing, as metrics.jsonl has it."""
-    episodes = [episode for episode in group.episodes if len(episode.completion.token_ids)]
+    episodes = [episode for episode in group.episodes if episode.num_sampled_tokens]
     if len(episodes) < 2:
-        return "too_few_episodes" if episodes or group.broken else "prompt_too_long"
+        is_known = (
+            not episodes and not group.broken and all(e.finish_reason == "prompt_too_long" for e in group.episodes)
+        )
+        return "prompt_too_long" if is_known else "too_few_episodes"
     if all(episode.score.correct for episode in episodes):
         return "all_correct"
     return "equal_rewards" if any(episode.score.correct for episode in episodes) else "none_correct"

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from slurmkit.config.algorithm import Grpo, RewardScaling, RewardShaping
-from slurmkit.generation.engine import Completion
 from slurmkit.rollout.collect import Group
 from slurmkit.rollout.episode import Episode
 
@@ -23,7 +22,7 @@ def shaped_group(group: Group, grpo: Grpo) -> Group:
     group = scaled_group(group, grpo)
     if not grpo.reward_shaping.enabled:
         return group
-    return _with_rewards(group, lambda episode: shaped(episode.score.reward, episode.completion, grpo.reward_shaping))
+    return _with_rewards(group, lambda episode: shaped(episode, grpo.reward_shaping))
 
 
 def scaled(reward: float, scaling: RewardScaling) -> float:
@@ -35,20 +34,21 @@ def scaled(reward: float, scaling: RewardScaling) -> float:
     return scaling.target_min + part * (scaling.target_max - scaling.target_min)
 
 
-def shaped(reward: float, completion: Completion, shaping: RewardShaping) -> float:
-    """The reward, less what the completion's length costs.
+def shaped(episode: Episode, shaping: RewardShaping) -> float:
+    """The episode's reward, less what the length of its replies together costs.
 
     DAPO's soft penalty (arXiv 2503.14476, equation 13) times overlong_buffer_penalty; with stop_properly_penalty_coef,
-    that part of the reward of a truncated completion.
+    that part of the reward of a truncated episode.
     """
+    reward = episode.score.reward
     if not shaping.enabled:
         return reward
     if shaping.stop_properly_penalty_coef is not None:
-        return reward * shaping.stop_properly_penalty_coef if completion.finish_reason == "length" else reward
+        return reward * shaping.stop_properly_penalty_coef if episode.finish_reason == "length" else reward
     longest, buffer = shaping.max_response_length, shaping.overlong_buffer_length
     assert longest is not None  # the schema has seen to it
     assert buffer is not None
-    overlong = min(max(len(completion.token_ids) - (longest - buffer), 0), buffer)
+    overlong = min(max(episode.num_sampled_tokens - (longest - buffer), 0), buffer)
     return reward - shaping.overlong_buffer_penalty * overlong / buffer
 
 

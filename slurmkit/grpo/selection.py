@@ -17,7 +17,7 @@ from slurmkit.errors import Failure
 from slurmkit.grpo.credit import reason_without_signal
 from slurmkit.grpo.rewards import scaled_group
 from slurmkit.rollout.collect import Group
-from slurmkit.rollout.episode import Episode
+from slurmkit.rollout.episode import Episode, EpisodeEnd
 from slurmkit.rollout.sample import Sample
 
 _NAMED = 3
@@ -53,7 +53,6 @@ class Selection:
             "train:gen_batches": float(self.num_batches),
             "train:discarded_groups": float(self.num_discarded),
             "train:broken_episodes": float(sum(len(group.broken) for group in self.generated)),
-            "train:prompts_too_long": float(sum(_is_too_long(episode) for episode in episodes)),
         }
         for reason, count in sorted(self.dropped.items()):
             name = f"train:dropped_groups/{reason}"
@@ -118,24 +117,32 @@ def without_truncated(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def score_metrics(prefix: str, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Rewards and lengths of one episode or more, with their names in metrics.jsonl."""
+    """Rewards, lengths and ends of one episode or more, with their names in metrics.jsonl."""
     return {
         f"{prefix}:reward_mean": statistics.fmean(each.score.reward for each in episodes),
         f"{prefix}:accuracy": statistics.fmean(each.score.correct for each in episodes),
-        f"{prefix}:completion_tokens_mean": statistics.fmean(len(each.completion.token_ids) for each in episodes),
-        f"{prefix}:truncated_fraction": statistics.fmean(
-            each.completion.finish_reason == "length" for each in episodes
-        ),
+        f"{prefix}:completion_tokens_mean": statistics.fmean(each.num_sampled_tokens for each in episodes),
+        f"{prefix}:turns_mean": statistics.fmean(len(each.turns) for each in episodes),
+        f"{prefix}:tool_calls_mean": statistics.fmean(each.num_tool_calls for each in episodes),
+        f"{prefix}:malformed_tool_calls": float(sum(each.num_malformed_calls for each in episodes)),
+        f"{prefix}:truncated_fraction": statistics.fmean(each.finish_reason == "length" for each in episodes),
+        f"{prefix}:prompts_too_long": _ended(episodes, "prompt_too_long"),
+        f"{prefix}:max_turns_reached": _ended(episodes, "max_turns"),
+        f"{prefix}:timed_out": _ended(episodes, "timeout"),
     }
 
 
+def _ended(episodes: Sequence[Episode], reason: EpisodeEnd) -> float:
+    return float(sum(each.finish_reason == reason for each in episodes))
+
+
 def _differs(group: Group) -> bool:
-    rewards = {episode.score.reward for episode in group.episodes if len(episode.completion.token_ids)}
+    rewards = {episode.score.reward for episode in group.episodes if episode.num_sampled_tokens}
     return len(rewards) > 1
 
 
 def _is_too_long(episode: Episode) -> bool:
-    return episode.completion.finish_reason == "prompt_too_long"
+    return episode.finish_reason == "prompt_too_long"
 
 
 def _check_broken(groups: Sequence[Group], most: float) -> None:

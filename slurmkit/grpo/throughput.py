@@ -105,8 +105,8 @@ class Gauge:
         if not episodes:
             return {}
         prompts = [len(episode.prompt_ids) for episode in episodes]
-        completions = [len(episode.completion.token_ids) for episode in episodes]
-        totals = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        completions = [episode.num_sampled_tokens for episode in episodes]
+        totals = [length for episode in episodes for length in episode.sequence_lengths]
         found: dict[str, float] = {"train:total_tokens": float(sum(totals))}
         for name, lengths in (("prompt", prompts), ("completion", completions), ("sequence", totals)):
             found[f"train:{name}_tokens_mean"] = fmean(lengths)

@@ -39,6 +39,7 @@ from slurmkit.grpo.throughput import Gauge
 from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
+from slurmkit.rollout.episode import Limits
 from slurmkit.rollout.sample import Sample
 
 # Apart in the seed, so that validation draws the same random numbers every time it is run.
@@ -94,7 +95,11 @@ async def train(
     run_directory.mkdir(parents=True, exist_ok=True)
 
     check_model(model_path, config)
-    chat = Chat(model_path, trust_remote_code=config.policy.trusts_remote_code)
+    chat = Chat(
+        model_path,
+        trust_remote_code=config.policy.trusts_remote_code,
+        tool_parser=config.policy.generation.tool_parser,
+    )
     for name, tasks in (("training", domain.train_tasks), ("validation", domain.validation_tasks)):
         await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
@@ -352,7 +357,12 @@ class Trainer:
                 generation.top_p,
                 generation.top_k,
             ),
-            environment_timeout_seconds=self.config.env.timeout_seconds,
+            limits=Limits(
+                max_turns=self.config.grpo.max_rollout_turns,
+                call_seconds=self.config.env.timeout_seconds,
+                episode_seconds=self.config.env.episode_timeout_seconds,
+                max_answer_chars=self.config.env.max_tool_output_chars,
+            ),
         )
 
     def is_over(self, rollouts: Rollouts) -> bool:

@@ -8,8 +8,10 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from slurmkit.config.algorithm import Grpo
+from slurmkit.envs.environment import Message
 from slurmkit.errors import Failure
 from slurmkit.grpo.selection import score_metrics
 from slurmkit.rollout.collect import Group
@@ -35,9 +37,6 @@ def validation_metrics(groups: Sequence[Group], grpo: Grpo) -> dict[str, float]:
     metrics = {
         **score_metrics("val", episodes),
         "val:broken_episodes": float(len(broken)),
-        "val:prompts_too_long": float(
-            sum(episode.completion.finish_reason == "prompt_too_long" for episode in episodes)
-        ),
     }
     for k in grpo.pass_at:
         counts = [(len(group.episodes), sum(each.score.correct for each in group.episodes)) for group in groups]
@@ -56,11 +55,10 @@ def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -
     lines = [
         {
             "task": episode.task.name,
-            "messages": [{"role": message.role, "content": message.content} for message in episode.messages[:-1]],
-            "reply": episode.messages[-1].content,
+            "messages": [_said(message) for message in episode.messages],
             "reward": episode.score.reward,
             "correct": episode.score.correct,
-            "finish_reason": episode.completion.finish_reason,
+            "finish_reason": episode.finish_reason,
         }
         for group in groups
         for episode in group.episodes
@@ -72,6 +70,13 @@ def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -
         os.replace(beside, path)
     except OSError as error:
         raise Failure(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _said(message: Message) -> dict[str, Any]:
+    """A message, without what it has not."""
+    calls = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+    facts = {"tool_calls": calls, "tool_call_id": message.tool_call_id, "name": message.name}
+    return {"role": message.role, "content": message.content, **{name: fact for name, fact in facts.items() if fact}}
 
 
 def is_good_enough(metrics: Mapping[str, float], grpo: Grpo) -> bool:

@@ -13,7 +13,7 @@ from slurmkit.errors import UserError
 from slurmkit.generation.actors import together
 from slurmkit.generation.engine import SamplingParams
 from slurmkit.rollout.chat import Chat
-from slurmkit.rollout.episode import BrokenEnvironment, Episode, Generate, opening, run_episode
+from slurmkit.rollout.episode import BrokenEnvironment, Episode, Generate, Limits, opening, run_episode
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ async def collect(
     policy: Generate,
     chat: Chat,
     sampling: Sampling,
-    environment_timeout_seconds: float,
+    limits: Limits,
 ) -> list[Group]:
     """Play `episodes_per_task` episodes of every task, all concurrently.
 
@@ -66,9 +66,7 @@ async def collect(
 
     async def play(task: Task, sampling: SamplingParams) -> Episode | str:
         try:
-            return await run_episode(
-                task, domain.environment(), policy, chat, sampling, timeout_seconds=environment_timeout_seconds
-            )
+            return await run_episode(task, domain.environment(), policy, chat, sampling, limits)
         except BrokenEnvironment as error:
             return str(error)
 
@@ -97,7 +95,7 @@ async def refuse_prompts_that_never_fit(
             opened = await opening(task, domain.environment(), timeout_seconds=config.env.timeout_seconds)
         except BrokenEnvironment:
             return  # the rollouts will say so
-        length = len(chat.prompt_ids(opened.messages))
+        length = len(chat.prompt(opened).ids)
         if length < limit:
             return
         shortest = min(shortest, (length, task.name)) if shortest[0] else (length, task.name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import numpy
 from numpy.typing import NDArray
 
-from slurmkit.generation.engine import FinishReason
+from slurmkit.rollout.episode import EpisodeEnd
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,8 @@ class Sample:
     rollout_id: int
     temperature: float
     weight_version: int
-    finish_reason: FinishReason
+    finish_reason: EpisodeEnd
+    """The episode's."""
     prev_logprobs: NDArray[numpy.float32] | None = None
     """The policy's own, before the step's first update, where the loss asks for them."""
     reference_logprobs: NDArray[numpy.float32] | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
-from groups import completion, group, of
+from groups import completion, conversation, group, of
 
 from slurmkit.config.algorithm import Grpo
 from slurmkit.envs.environment import Task, TaskSource
@@ -187,9 +187,9 @@ def test_who_leaves_ends_all_rollouts_and_who_stops_waiting_none() -> None:
 
 
 def aged(*versions: int) -> Episode:
-    found = of(*group(1.0).episodes).episodes[0]
-    sampled = completion((7,) * len(versions), (-0.5,) * len(versions), versions=versions)
-    return Episode(found.task, found.prompt_ids, sampled, 1.0, found.score)
+    """Of two replies, the first of one token."""
+    parts = [each for each in (versions[:1], versions[1:]) if each]
+    return conversation(1.0, *(completion((7,) * len(each), (-0.5,) * len(each), versions=each) for each in parts))
 
 
 def test_ages_count_steps_since_the_weights_of_each_token() -> None:

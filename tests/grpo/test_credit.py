@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy
 import pytest
-from groups import completion
+from groups import completion, conversation
 from tiny import make_tiny_model
 
 from slurmkit.config.algorithm import Grpo, LossFn
@@ -22,7 +22,7 @@ from slurmkit.grpo.batch import loss_weights
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect
-from slurmkit.rollout.episode import Episode
+from slurmkit.rollout.episode import Episode, Limits
 from slurmkit.rollout.sample import Sample
 
 
@@ -77,7 +77,7 @@ def play(chat: Chat, domain: Arithmetic, replies: Sequence[str | None], tasks: i
             policy=Scripted(chat, replies),
             chat=chat,
             sampling=Sampling(1.0, 5, (1,)),
-            environment_timeout_seconds=0.2,
+            limits=Limits(1, 0.2, None, 100),
         )
     )
 
@@ -122,8 +122,7 @@ def test_groups_without_signal_are_counted_by_reason(chat: Chat) -> None:
 
 
 def an_episode(reward: float, logprobs: Sequence[float], correct: bool = True) -> Episode:
-    sampled = completion(range(9, 9 + len(logprobs)), logprobs)
-    return Episode(TASK, (1, 2), sampled, 1.0, Score(reward, correct))
+    return conversation(reward, completion(range(9, 9 + len(logprobs)), logprobs), prompt=(1, 2), correct=correct)
 
 
 @pytest.mark.parametrize("unknown", [math.nan, -math.inf, math.inf])
@@ -220,7 +219,7 @@ def test_a_failing_engine_is_not_taken_for_a_broken_environment(chat: Chat) -> N
                 policy=Dead(chat, []),
                 chat=chat,
                 sampling=Sampling(1.0, 5, (1,)),
-                environment_timeout_seconds=1.0,
+                limits=Limits(1, 1.0, None, 100),
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from driver import TINY, Run
+from groups import completion, conversation
 from parts import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import make_tiny_model, tiny_config
@@ -20,6 +22,7 @@ from slurmkit.config.metrics import computed
 from slurmkit.errors import Failure
 from slurmkit.grpo.metrics import RunLog, check_finite, whole_step
 from slurmkit.grpo.throughput import Description, Gauge, Shape, peak_flops, shape_of
+from slurmkit.rollout.episode import Episode
 
 
 def documented() -> dict[str, str]:
@@ -90,14 +93,16 @@ def test_steps_that_are_made_again_stand_in_tensorboard_once(tmp_path: Path) -> 
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-def episode(prompt: int, completion: int) -> Any:
-    return SimpleNamespace(prompt_ids=(0,) * prompt, completion=SimpleNamespace(token_ids=(0,) * completion))
+def episode(prompt: int, *lengths: int, new: Sequence[int] = ()) -> Episode:
+    """Of so many replies of these lengths, with two tokens between."""
+    replies = [completion((0,) * length, (-1.0,) * length) for length in lengths]
+    return conversation(0.0, *replies, prompt=(0,) * prompt, added=(0, 0), new=new)
 
 
 def test_rates_follow_nemo_rls_definitions_and_mfu_prime_rls(tmp_path: Path) -> None:
     groups: Any = [
         SimpleNamespace(episodes=(episode(10, 20), episode(10, 40))),
-        SimpleNamespace(episodes=(episode(20, 0),)),
+        SimpleNamespace(episodes=(episode(20),)),
     ]
     updates: Any = [SimpleNamespace(ranks=(((SimpleNamespace(lengths=(30, 50))),), (SimpleNamespace(lengths=(1,)),)))]
     times = {"time:step": 8.0, "time:rollout": 2.0, "time:update": 4.0, "time:logprobs": 1.0}

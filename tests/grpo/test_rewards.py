@@ -16,13 +16,13 @@ SOFT = RewardShaping(enabled=True, overlong_buffer_length=4, overlong_buffer_pen
 )
 def test_the_soft_penalty_grows_over_the_buffer_and_no_further(length: int, penalty: float) -> None:
     """arXiv 2503.14476, equation 13, with L_max 10 and L_cache 4."""
-    assert shaped(1.0, episode(1.0, length=length).completion, SOFT) == pytest.approx(1 - 0.5 * penalty)
+    assert shaped(episode(1.0, length=length), SOFT) == pytest.approx(1 - 0.5 * penalty)
 
 
 def test_a_truncated_reply_earns_a_part_of_its_reward() -> None:
     shaping = RewardShaping(enabled=True, stop_properly_penalty_coef=0.25)
-    assert shaped(1.0, episode(1.0, reason="length").completion, shaping) == 0.25
-    assert shaped(1.0, episode(1.0, reason="stop").completion, shaping) == 1.0
+    assert shaped(episode(1.0, reason="length"), shaping) == 0.25
+    assert shaped(episode(1.0, reason="stop"), shaping) == 1.0
 
 
 @pytest.mark.parametrize(("reward", "expected"), [(0.0, -1.0), (2.0, 3.0), (0.5, 0.0), (-9.0, -1.0), (9.0, 3.0)])

@@ -61,7 +61,7 @@ def test_a_run_that_stopped_at_its_threshold_goes_on_without_one_as_if_it_had_no
     assert len(whole.values("val:pass@2")) == 2
     transcripts = [json.loads(line) for line in (whole.folder / "validation/step_4.jsonl").read_text().splitlines()]
     assert len(transcripts) == 3 * 2
-    assert transcripts[0].keys() == {"task", "messages", "reply", "reward", "correct", "finish_reason"}
+    assert transcripts[0].keys() == {"task", "messages", "reward", "correct", "finish_reason"}
 
 
 def rollouts_of(trainer: Trainer, position: int) -> Rollouts:

@@ -42,6 +42,11 @@ def test_a_single_episode_per_task_has_no_pass_at_k() -> None:
         "val:truncated_fraction": 0.5,
         "val:broken_episodes": 0,
         "val:prompts_too_long": 0,
+        "val:turns_mean": 1,
+        "val:tool_calls_mean": 0,
+        "val:malformed_tool_calls": 0,
+        "val:max_turns_reached": 0,
+        "val:timed_out": 0,
     }
 
 
@@ -60,7 +65,8 @@ def test_conversations_are_kept_in_a_file_of_their_step(tmp_path: Path) -> None:
     write_transcripts(tmp_path, 4, [group(1.0, 0.0, name="é")])
     write_transcripts(tmp_path, 4, [group(1.0, 0.0, name="é")])  # a step that is made again
     lines = [json.loads(line) for line in (tmp_path / "validation" / "step_4.jsonl").read_text().splitlines()]
-    expected = {"task": "é", "messages": [{"role": "user", "content": "é?"}], "reply": "1", "finish_reason": "stop"}
+    said = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "1"}]
+    expected = {"task": "é", "messages": said, "finish_reason": "stop"}
     assert lines == [expected | {"reward": 1.0, "correct": True}, expected | {"reward": 0.0, "correct": False}]
     assert [path.name for path in (tmp_path / "validation").iterdir()] == ["step_4.jsonl"]
     (tmp_path / "validation" / "step_5.jsonl").mkdir()

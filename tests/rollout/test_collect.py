@@ -16,6 +16,7 @@ from slurmkit.errors import UserError
 from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
+from slurmkit.rollout.episode import Limits
 
 TASKS = [Task("short", "1+1=", "2"), Task("long", "1" * 100, "2")]
 
@@ -56,7 +57,7 @@ def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(
             policy=Engine(),
             chat=chat,
             sampling=Sampling(1.0, 5, (1,)),
-            environment_timeout_seconds=5.0,
+            limits=Limits(1, 5.0, None, 100),
         )
     )
     assert [episode.score.reward for episode in groups[0].episodes] == [1.0, 0.5]
@@ -102,7 +103,7 @@ def test_an_environment_may_wait_again_and_again_and_is_ended_where_it_waits_too
                 policy=Engine(),
                 chat=chat,
                 sampling=Sampling(1.0, 5, (1,)),
-                environment_timeout_seconds=0.5,
+                limits=Limits(1, 0.5, None, 100),
             )
         )
         return group
