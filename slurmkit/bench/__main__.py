@@ -17,6 +17,8 @@ from slurmkit.bench.shapes import shape_of
 from slurmkit.errors import SlurmkitError
 
 _DRIVER_TARGET_MS = 50.0
+# nemo-gym 0.7.0 under uvicorn on a machine of two cores: 128 episodes of 3 to 6 calls at a time.
+_GYM_EPISODES_PER_SECOND = 21.0
 
 
 def main(options: dict[str, Any]) -> None:
@@ -107,6 +109,18 @@ def _asynchronous(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[
     return result, asynchronous.table(result["figures"])
 
 
+def _workplace(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
+    result = measured("workplace", options)
+    return result, _workplace_lines(result["figures"])
+
+
+def _workplace_lines(figures: Mapping[str, Any]) -> Iterator[str]:
+    rate, memory = figures["episodes_per_second"], figures["memory_mib"]
+    yield f"episodes/s   {rate:,.0f} of {figures['calls_per_episode']:.1f} calls, in one process"
+    yield f"             {rate / _GYM_EPISODES_PER_SECOND:.0f} × NeMo Gym's {_GYM_EPISODES_PER_SECOND:g} on two cores"
+    yield f"memory       {memory[0]:.1f} MiB, {memory[-1]:.1f} MiB after {figures['episodes']:,} episodes"
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -118,6 +132,7 @@ _BENCHMARKS = {
     "generate": _generate,
     "sync": _sync,
     "async": _asynchronous,
+    "workplace": _workplace,
 }
 
 

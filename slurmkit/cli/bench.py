@@ -169,6 +169,16 @@ def asynchronous(**options: Any) -> None:
     _measure("async", options)
 
 
+@command.command("workplace")
+@click.option("--episodes", type=click.IntRange(min=10), help="[default: 100000]")
+@click.option("--tasks", type=_POSITIVE, help="Different tasks among them.  [default: 280]")
+@click.option("--seed", type=click.IntRange(0), help="Of the tasks.  [default: 0]")
+@_with(*_OF_ALL)
+def workplace(**options: Any) -> None:
+    """Measure the Workplace Assistant: episodes a second, and memory over very many."""
+    _measure("workplace", options)
+
+
 def _measure(benchmark: str, options: dict[str, Any]) -> None:
     """In a child, as the trainer's libraries are not for this process. Ends with its exit code."""
     given = {name: value for name, value in options.items() if value is not None}

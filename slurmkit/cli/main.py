@@ -32,6 +32,7 @@ _COMMANDS = {
     "verify": "Compare a job's script in Slurm with the files on disk and in git.",
     "templates": "See and check the templates that jobs are rendered from.",
     "bench": "Measure the trainer.",
+    "data": "Make tasks to train on.",
     "completion": "Print what makes a shell complete commands, runs and job ids.",
 }
 

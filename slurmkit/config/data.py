@@ -132,10 +132,25 @@ class GymEnv(Section):
     """How long the server may take to be there when the run starts."""
 
 
+class WorkplaceEnv(Section):
+    databases: str | None = None
+    """A folder with WorkBench's or NeMo Gym's CSV files; null makes a company up, which follows from world_seed."""
+    world_seed: Annotated[int, Field(ge=0)] = 0
+    """Which company is made up. Tasks of `slurmkit data workplace` belong to the one that they were made for."""
+    scoring: Literal["gym", "strict"] = "gym"
+    """Which end states count as equal: gym as NeMo Gym compares, quirks included; strict in any order, and where
+    nothing was to be changed only if some tool was used. docs/environments.md has both in full."""
+    max_turns: Count = 6
+    """Replies of an episode: the calls of the last are still carried out."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and tell how many, in place of ending the run."""
+
+
 class Env(Section):
-    name: Literal["arithmetic", "math", "gym"]
-    """arithmetic makes its own problems; math reads its tasks from data and compares answers; gym reads NeMo Gym's rows
-    from data and asks a NeMo Gym server."""
+    name: Literal["arithmetic", "math", "workplace", "gym"]
+    """arithmetic makes its own problems; math reads its tasks from data and compares answers; workplace reads tasks
+    that are done by tool calls, and compares databases; gym reads NeMo Gym's rows from data and asks a NeMo Gym
+    server."""
     timeout_seconds: Seconds = 600.0
     """How long an environment may take over any one call; an episode that waits longer is counted as broken."""
     episode_timeout_seconds: Seconds | None = None
@@ -148,6 +163,8 @@ class Env(Section):
     """Sums of digits."""
     math: MathEnv = MathEnv()
     """Problems with one answer, GSM8K's or DAPO's."""
+    workplace: WorkplaceEnv = WorkplaceEnv()
+    """The Workplace Assistant: NeMo Gym's rows, or WorkBench's tasks."""
     gym: GymEnv = GymEnv()
     """A NeMo Gym server over HTTP."""
 

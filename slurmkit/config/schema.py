@@ -201,9 +201,10 @@ class TrainConfig(Section):
                 raise ValueError(f"env.name arithmetic makes its own tasks: {key}.data_path must be null")
             is_needed = key != "data.validation" or (self.validates and not held_out)
             if self.env.name != "arithmetic" and source.data_path is None and is_needed:
+                also = "a CSV file of WorkBench's tasks, " if self.env.name == "workplace" else ""
                 raise ValueError(
-                    f"env.name {self.env.name} reads its tasks: {key}.data_path must name a JSONL file, a Parquet "
-                    "file, a folder of the datasets library or, with split, a data set on the hub"
+                    f"env.name {self.env.name} reads its tasks: {key}.data_path must name a JSONL file, {also}a "
+                    "Parquet file, a folder of the datasets library or, with split, a data set on the hub"
                     + (", or data.train.split_validation_size be above 0" if key == "data.validation" else "")
                 )
         return self

@@ -7,6 +7,7 @@ from slurmkit.envs.arithmetic import Arithmetic
 from slurmkit.envs.environment import Domain
 from slurmkit.envs.gym.domain import Gym
 from slurmkit.envs.math import Math
+from slurmkit.envs.workplace.domain import Workplace
 
 
 def make_domain(config: TrainConfig) -> Domain:
@@ -16,5 +17,7 @@ def make_domain(config: TrainConfig) -> Domain:
             return Arithmetic(config.env.arithmetic, config.grpo.seed)
         case "math":
             return Math(config.env.math, config.data)
+        case "workplace":
+            return Workplace(config.env.workplace, config.data)
         case "gym":
             return Gym(config)
