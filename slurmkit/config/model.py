@@ -171,6 +171,10 @@ class Generation(Section):
     """Draw from so many likeliest tokens; null is all of them."""
     max_new_tokens: Count | None = None
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of one completion, at least, where there is room: until then, none that would end it can be drawn."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Further tokens that end a completion, as the model's own end-of-sequence token does; each is kept."""
     max_batch_size: Count = 256
     """Completions that one engine samples together."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -310,5 +314,12 @@ class Policy(Section):
             raise ValueError(
                 f"policy.generation.max_new_tokens {new} leaves no room for a prompt within "
                 f"policy.max_total_sequence_length {total}: it must be at most {total - 1}"
+            )
+        least, most = self.generation.min_new_tokens, total - 1 if new is None else new
+        if least > most:
+            bound = "max_total_sequence_length" if new is None else "generation.max_new_tokens"
+            raise ValueError(
+                f"policy.generation.min_new_tokens {least} is more than policy.{bound} allows: it must be at most "
+                f"{most}"
             )
         return self

@@ -146,7 +146,9 @@ class TrainConfig(Section):
             )
         generation = self.policy.generation
         truncated = f"policy.generation.top_p {generation.top_p:g}" if generation.top_p < 1 else ""
-        truncated = truncated or (f"policy.generation.top_k {generation.top_k}" if generation.top_k else "")
+        for name in ("top_k", "min_new_tokens"):
+            value = getattr(generation, name)
+            truncated = truncated or (f"policy.generation.{name} {value}" if value else "")
         if truncated and self.loss_fn.use_importance_sampling_correction:
             raise ValueError(
                 f"{truncated} never draws some tokens, so that no weight corrects for what is drawn, as "

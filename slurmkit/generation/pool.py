@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -54,17 +54,22 @@ class EnginePool:
         continuous: bool = False,
         max_restarts: int = 0,
         stall_seconds: float | None = None,
+        stop_token_ids: Sequence[int] = (),
+        min_new_tokens: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         """`continuous` engines take up to `max_batch_size` requests at any time, others only when they have none.
 
-        One that has finished nothing for `stall_seconds` counts as dead.
+        One that has finished nothing for `stall_seconds` counts as dead. `stop_token_ids` and `min_new_tokens` are
+        those of every request.
         """
         self._slots = [_Slot(number, engine) for number, engine in enumerate(engines)]
         self._max_batch_size = max_batch_size
         self._continuous = continuous
         self._max_restarts = max_restarts
         self._stall_seconds = stall_seconds
+        self._stop_token_ids = tuple(stop_token_ids)
+        self._min_new_tokens = min_new_tokens
         self._say = say
         self._waiting: deque[_Asked] = deque()
         self._tickets = count()
@@ -108,7 +113,9 @@ class EnginePool:
         if self._failure is not None:
             raise self._failure
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Asked(next(self._tickets), Request(tuple(prompt_ids), sampling), future))
+        sampling = replace(sampling, stop_token_ids=self._stop_token_ids, min_new_tokens=self._min_new_tokens)
+        request = Request(tuple(prompt_ids), sampling)
+        self._waiting.append(_Asked(next(self._tickets), request, future))
         self._changed.set()
         completion: Completion = await future
         return completion

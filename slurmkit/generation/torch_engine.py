@@ -56,6 +56,8 @@ class TorchEngine:
         self._model.eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self._eos_id = int(self._tokenizer.eos_token_id)
+        said = self._model.generation_config.eos_token_id
+        self._ends = {self._eos_id, *(said if isinstance(said, list) else () if said is None else (said,))}
         self._max_total_length = max_total_length
         self._max_batch_size = max_batch_size
         self._device = device
@@ -141,6 +143,9 @@ class TorchEngine:
 
     def _draw(self, logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
         """Add one token to each row by inverting the cumulative distribution at the row's own uniform number."""
+        for b, row in enumerate(rows):
+            if len(row.token_ids) < min(row.request.sampling.min_new_tokens, row.budget):
+                logits_BV[b, [*self._ends, *row.request.sampling.stop_token_ids]] = -torch.inf
         temperature_B = torch.tensor([row.request.sampling.temperature for row in rows], device=logits_BV.device)
         greedy_B = temperature_B == 0
         logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
@@ -161,7 +166,7 @@ class TorchEngine:
         return completion_of(self._tokenizer, token_ids, logprobs, reason, self._version)
 
     def _reason(self, row: _Row) -> FinishReason | None:
-        if row.token_ids and row.token_ids[-1] == self._eos_id:
+        if row.token_ids and row.token_ids[-1] in (self._eos_id, *row.request.sampling.stop_token_ids):
             return "stop"
         return "length" if len(row.token_ids) >= row.budget else None
 

@@ -197,14 +197,16 @@ class VllmEngine:
         if room < 1:
             return completion_of(self._tokenizer, [], [], "prompt_too_long", self._version)
         sampling = request.sampling
+        most = min(sampling.max_new_tokens, room)
         params = self._sampling_params(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             seed=sampling.seed % 2**63,
-            max_tokens=min(sampling.max_new_tokens, room),
+            max_tokens=most,
+            min_tokens=min(sampling.min_new_tokens, most),
             logprobs=0,
-            stop_token_ids=[self._eos_id],
+            stop_token_ids=[self._eos_id, *sampling.stop_token_ids],
             ignore_eos=True,  # of what the model's folder calls so
             detokenize=False,
             output_kind=self._output_kind,

@@ -43,6 +43,11 @@ def check_model(path: Path, config: TrainConfig) -> None:
                 f"{reason.partition('<class ')[2].partition('>')[0] or 'its configuration'}"
             ) from None
         raise UserError(f"policy.model_name: transformers cannot open {name}: {reason}") from None
+    vocabulary = model.config.get_text_config().vocab_size
+    if unknown := [token for token in policy.generation.stop_token_ids or () if token >= vocabulary]:
+        raise UserError(
+            f"policy.generation.stop_token_ids {unknown}: {name} has the tokens 0 to {vocabulary - 1} (vocab_size)"
+        )
     settings = policy.dtensor_cfg
     if settings.tensor_parallel_size > 1:
         nodes = config.cluster.num_nodes if settings.hybrid_sharding else 1

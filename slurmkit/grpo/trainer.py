@@ -109,6 +109,8 @@ async def train(
             continuous=generation.backend == "vllm",
             max_restarts=generation.max_restarts,
             stall_seconds=generation.stall_timeout_seconds,
+            stop_token_ids=generation.stop_token_ids or (),
+            min_new_tokens=generation.min_new_tokens,
             say=say,
         )
         pool = await stack.enter_async_context(sharing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,23 @@ async def ask(engines: list[Any], count: int, max_batch_size: int, *, continuous
 def test_everybody_gets_the_answer_to_their_own_prompt() -> None:
     answers = asyncio.run(asyncio.wait_for(ask([Recorder(), Recorder()], 50, 8), 10))
     assert [answer.token_ids.tolist() for answer in answers] == [[number] for number in range(50)]
+
+
+def test_every_request_has_the_ends_that_the_run_asks_for() -> None:
+    asked = list[SamplingParams]()
+
+    class Keeps(Recorder):
+        async def call(self, method: str, *arguments: Any) -> Any:
+            if method == "submit":
+                asked.extend(request.sampling for request in arguments[0].values())
+            return await super().call(method, *arguments)
+
+    async def work() -> None:
+        async with EnginePool([Keeps()], 4, stop_token_ids=(5, 6), min_new_tokens=2) as pool:  # type: ignore[list-item]
+            await pool.generate((1,), SAMPLING)
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert asked == [replace(SAMPLING, stop_token_ids=(5, 6), min_new_tokens=2)]
 
 
 def test_what_waits_is_shared_evenly_between_idle_engines() -> None:
