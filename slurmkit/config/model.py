@@ -180,8 +180,8 @@ class Generation(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often each engine is started again where it dies; 0 ends the run."""
     stall_timeout_seconds: Seconds | None = None
-    """An engine that has finished nothing for so long is taken for hung and started again; null is
-    cluster.call_timeout_seconds."""
+    """An engine that has finished nothing for so long is taken for hung and started again, and a request that it has
+    had for as long, while it finished others, is asked of another; null is cluster.call_timeout_seconds."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -94,6 +94,10 @@ class Engine(Protocol):
 
     def collect(self) -> Mapping[int, Completion]:
         """What has been finished since the last time, by ticket; waits until something is."""
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        """Forget requests that nobody waits for any more, as far as they are not finished; a `collect` that waits for
+        them returns. What has been begun may be finished where there is no way to stop it, and is collected then."""
 
     def load(self, weights: Weights | SharedWeights) -> None:
         """Take over new weights. What is under way is finished with the old ones first, or, in an engine that was made

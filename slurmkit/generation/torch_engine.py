@@ -74,6 +74,10 @@ class TorchEngine:
         submitted, self._submitted = self._submitted, {}
         return dict(zip(submitted, self.generate(list(submitted.values())), strict=True))
 
+    def abort(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            self._submitted.pop(ticket, None)
+
     def load(self, weights: Weights | SharedWeights) -> None:
         state, weights = self._model.state_dict(), weights.opened()
         check_manifest(state, weights.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -109,7 +109,7 @@ class VllmEngine:
         self._finished: dict[int, Completion] = {}
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[int, asyncio.Task[None]] = {}
         self._sampling: set[asyncio.Future[None]] = set()
         self._may_begin = asyncio.Event()
         self._may_begin.set()
@@ -127,9 +127,7 @@ class VllmEngine:
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         for ticket, request in requests.items():
-            task = asyncio.create_task(self._follow(ticket, request))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+            self._under_way[ticket] = asyncio.create_task(self._follow(ticket, request))
 
     async def collect(self) -> dict[int, Completion]:
         await self._changed.wait()
@@ -138,6 +136,12 @@ class VllmEngine:
         if self._failure is not None:
             raise self._failure
         return finished
+
+    async def abort(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            if (task := self._under_way.get(ticket)) is not None:
+                task.cancel()  # on which AsyncLLM aborts its request
+        self._changed.set()
 
     async def load(self, weights: Weights | SharedWeights) -> None:
         if isinstance(weights, Weights):
@@ -190,6 +194,7 @@ class VllmEngine:
         finally:
             self._sampling.discard(done)
             done.set_result(None)
+            del self._under_way[ticket]
         self._changed.set()
 
     async def _complete(self, ticket: int, request: Request) -> Completion:

@@ -204,6 +204,11 @@ def test_only_what_truncation_leaves_is_drawn_with_the_logprobs_of_what_is_left(
     assert greedily.logprobs[0] == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
 
 
+def test_a_request_that_is_aborted_before_it_is_sampled_leaves_the_others_as_they_are(engine: Engine) -> None:
+    asked = requests(3, 1.0, 20)
+    assert tokens(engine.generate_but(1, asked)) == tokens(engine.generate([asked[0], asked[2]]))
+
+
 def test_a_prompt_that_does_not_fit_is_a_finish_reason_and_the_others_are_answered(engine: Engine) -> None:
     sampling = SamplingParams(1.0, 500, seed=1)
     lengths = (MAX_TOTAL_LENGTH, MAX_TOTAL_LENGTH - 1, 1)
