@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams, completion_of
+from slurmkit.generation.machine import use_gpus
 from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest, digest
 
 
@@ -44,9 +45,14 @@ class TorchEngine:
         weight_version: int = 0,
         threads: int | None = None,
         device: str = "cpu",
+        gpus: Sequence[str] = (),
         trust_remote_code: bool = False,
     ) -> None:
-        """Load model and tokenizer from a folder. `max_total_length` counts prompt and completion, in tokens."""
+        """Load model and tokenizer from a folder. `max_total_length` counts prompt and completion, in tokens.
+
+        `gpus` is the one to use, as CUDA_VISIBLE_DEVICES names it.
+        """
+        use_gpus(gpus)
         if threads is not None:
             torch.set_num_threads(threads)
         disable_progress_bar()

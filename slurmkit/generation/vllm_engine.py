@@ -17,8 +17,8 @@ from slurmkit.errors import NodeFailure
 from slurmkit.generation import vllm_worker
 from slurmkit.generation.engine import Completion, Request, completion_of
 from slurmkit.generation.http_server import Serving, serve
+from slurmkit.generation.machine import use_gpus, use_interface_of
 from slurmkit.generation.nameless import remove_names
-from slurmkit.generation.network import use_interface_of
 from slurmkit.generation.shared_tensors import SharedTensors
 from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest
 
@@ -38,6 +38,7 @@ class VllmEngine:
         weight_version: int = 0,
         threads: int | None = None,
         device: str = "cpu",
+        gpus: Sequence[str] = (),
         trust_remote_code: bool = False,
         address: str = "127.0.0.1",
         temporary: str | None = None,
@@ -47,11 +48,14 @@ class VllmEngine:
     ) -> None:
         """Start vLLM with the model of a folder. `max_total_length` counts prompt and completion, in tokens.
 
-        `address` is the node's own, `temporary` a folder that somebody removes. With `in_flight_weight_updates`, what
-        is under way goes on with new weights; with `serving`, it is asked over HTTP as well. ValueError where vLLM
-        cannot run the model on this device.
+        `gpus` are those to use, as CUDA_VISIBLE_DEVICES names them, `address` is the node's own, `temporary` a folder
+        that somebody removes. With `in_flight_weight_updates`, what is under way goes on with new weights; with
+        `serving`, it is asked over HTTP as well. ValueError where vLLM cannot run the model on this device.
         """
         settings = settings or VllmCfg()
+        use_gpus(gpus)
+        if threads is not None:
+            threads = max(1, threads // (settings.tensor_parallel_size if device == "cpu" else 1))
         _prepare(device, threads, address, temporary)
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         if device == "cpu":
@@ -75,6 +79,7 @@ class VllmEngine:
                     "generation_config": "vllm",
                     "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
                     "distributed_executor_backend": "mp",
+                    "tensor_parallel_size": settings.tensor_parallel_size,
                     "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
                     "kv_cache_memory_bytes": settings.kv_cache_memory_bytes
                     or (_CPU_KV_CACHE_BYTES if on_cpu else None),

@@ -50,7 +50,7 @@ def check_model(path: Path, config: TrainConfig) -> None:
         )
     settings = policy.dtensor_cfg
     if settings.tensor_parallel_size > 1:
-        nodes = config.cluster.num_nodes if settings.hybrid_sharding else 1
+        nodes = config.num_policy_nodes if settings.hybrid_sharding else 1
         shards = config.num_data_parallel_ranks // nodes
         _check_tensor_parallel(model, str(name), settings.tensor_parallel_size, shards)
     if settings.lora_cfg.enabled:
