@@ -222,6 +222,7 @@ async def _run(settings: Settings, folder: Path) -> None:
         policy = Policy(
             fakes,
             [rank.name for rank in fakes],
+            engines_beside=[True] * len(fakes),
             tensor_parallel_size=1,
             micro_batch_tokens=config.policy.micro_batch_tokens,
         )

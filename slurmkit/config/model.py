@@ -111,9 +111,10 @@ _VLLM_OWN = {
     "enforce_eager": "policy.generation.vllm_cfg.enforce_eager",
     "gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
     "kv_cache_memory_bytes": "policy.generation.vllm_cfg.kv_cache_memory_bytes",
-    "tensor_parallel_size": "nothing: an engine is one device's",
-    "pipeline_parallel_size": "nothing: an engine is one device's",
-    "data_parallel_size": "nothing: an engine is one device's",
+    "tensor_parallel_size": "policy.generation.vllm_cfg.tensor_parallel_size",
+    "pipeline_parallel_size": "policy.generation.vllm_cfg.tensor_parallel_size",
+    "data_parallel_size": "nothing: there are as many engines as there is room for",
+    "enable_sleep_mode": "nothing: engines sleep where they share GPUs with the policy and take turns with it",
     "logprobs_mode": "nothing: training needs those of the distribution that was sampled from",
     "generation_config": "nothing: sampling is as policy.generation says",
     "worker_extension_cls": "nothing: it is how weights are loaded",
@@ -140,6 +141,8 @@ class ServingChatKwargs(Section):
 class VllmCfg(Section):
     """How vLLM runs, where policy.generation.backend is vllm."""
 
+    tensor_parallel_size: Count = 1
+    """GPUs of one node that an engine spans; on a CPU, processes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Share of a GPU's memory for an engine's weights and KV cache; the policy has the rest."""
     kv_cache_memory_bytes: Count | None = None
@@ -163,6 +166,31 @@ class VllmCfg(Section):
 ToolParser = Literal["hermes", "llama3_json", "nemotron"]
 
 
+class ColocatedResources(Section):
+    """What engines that are apart from the policy have to themselves."""
+
+    num_nodes: Count | None = None
+    """Of several nodes, so many; the policy has the others."""
+    gpus_per_node: Count | None = None
+    """Of a single node, so many of its GPUs; of several nodes always all."""
+
+
+class Colocated(Section):
+    """Whether engines share their nodes and GPUs with the policy."""
+
+    enabled: bool = True
+    """Each GPU is for both; false gives the engines nodes or GPUs of their own."""
+    resources: ColocatedResources = ColocatedResources()
+    """Which, where enabled is false."""
+
+    @model_validator(mode="after")
+    def _nothing_is_apart(self) -> Self:
+        given = [f"{name} {value}" for name, value in self.resources.model_dump().items() if value is not None]
+        if self.enabled and given:
+            raise ValueError(f"resources {', '.join(given)} is for engines apart from the policy: set enabled to false")
+        return self
+
+
 class Generation(Section):
     backend: Literal["torch", "vllm"] = "torch"
     """The engine: torch is the embedded one, vllm the one for real models, which must be installed."""
@@ -174,6 +202,10 @@ class Generation(Section):
     """Draw from so many likeliest tokens; null is all of them."""
     max_new_tokens: Count | None = None
     """Tokens of one completion, at most; null leaves what max_total_sequence_length allows."""
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of one completion, at least, where there is room: until then, none that would end it can be drawn."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Further tokens that end a completion, as the model's own end-of-sequence token does; each is kept."""
     max_batch_size: Count = 256
     """Completions that one engine samples together."""
     tool_parser: ToolParser | None = None
@@ -182,10 +214,18 @@ class Generation(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often each engine is started again where it dies; 0 ends the run."""
     stall_timeout_seconds: Seconds | None = None
-    """An engine that has finished nothing for so long is taken for hung and started again; null is
-    cluster.call_timeout_seconds."""
+    """An engine that has finished nothing for so long is taken for hung and started again, and a request that it has
+    had for as long, while it finished others, is asked of another; null is cluster.call_timeout_seconds."""
+    colocated: Colocated = Colocated()
+    """Where engines are."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
+
+    @model_validator(mode="after")
+    def _vllm_alone_spans_devices(self) -> Self:
+        if (size := self.vllm_cfg.tensor_parallel_size) > 1 and self.backend != "vllm":
+            raise ValueError(f"vllm_cfg.tensor_parallel_size {size} needs backend vllm, and it is {self.backend}")
+        return self
 
     @model_validator(mode="after")
     def _vllm_alone_serves(self) -> Self:
@@ -316,5 +356,12 @@ class Policy(Section):
             raise ValueError(
                 f"policy.generation.max_new_tokens {new} leaves no room for a prompt within "
                 f"policy.max_total_sequence_length {total}: it must be at most {total - 1}"
+            )
+        least, most = self.generation.min_new_tokens, total - 1 if new is None else new
+        if least > most:
+            bound = "max_total_sequence_length" if new is None else "generation.max_new_tokens"
+            raise ValueError(
+                f"policy.generation.min_new_tokens {least} is more than policy.{bound} allows: it must be at most "
+                f"{most}"
             )
         return self

@@ -25,6 +25,7 @@ MAY_DIFFER = frozenset(
             "policy.generation.max_batch_size",
             "policy.generation.max_restarts",
             "policy.generation.stall_timeout_seconds",
+            "policy.generation.colocated",
             "policy.generation.vllm_cfg",
             "env.timeout_seconds",
             "env.math.num_workers",

@@ -76,8 +76,8 @@ class Cluster(Section):
     num_nodes: Count = 1
     """Nodes to train on."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 1
-    """Policy ranks and engines per node, one of each on every GPU; 0 is one of each on the CPU. Left
-    out, a job's own number of GPUs per node, and 1 in `slurmkit run`."""
+    """GPUs per node, each with a policy rank and an engine (or with one of the two, see policy.generation.colocated);
+    0 is one of each on the CPU. Left out, a job's own number of GPUs per node, and 1 in `slurmkit run`."""
     placement_timeout_seconds: Seconds = 120.0
     """How long Ray may take to find room for all of them."""
     peak_tflops_per_gpu: Positive | None = None
@@ -107,6 +107,44 @@ class TrainConfig(Section):
     """What the run takes of the machines."""
 
     @model_validator(mode="after")
+    def _there_is_room_for_both(self) -> Self:
+        colocated, nodes, gpus = self.policy.generation.colocated, self.cluster.num_nodes, self.cluster.gpus_per_node
+        key, own = "policy.generation.colocated", colocated.resources
+        has = f"cluster.num_nodes {nodes} with cluster.gpus_per_node {gpus}"
+        if colocated.enabled:
+            pass
+        elif nodes > 1:
+            if own.num_nodes is None or own.num_nodes >= nodes:
+                raise ValueError(
+                    f"{key}.enabled false needs {key}.resources.num_nodes, which is "
+                    f"{'null' if own.num_nodes is None else own.num_nodes}: of {has} it must leave the policy at least "
+                    f"one, so 1 to {nodes - 1}"
+                )
+            if own.gpus_per_node not in (None, gpus):
+                raise ValueError(
+                    f"{key}.resources.gpus_per_node {own.gpus_per_node}: of {has} the engines have whole nodes, so it "
+                    f"must be null or {gpus}"
+                )
+        elif gpus < 2:
+            raise ValueError(f"{key}.enabled false: {has} cannot be shared out between policy and engines: set it true")
+        elif own.gpus_per_node is None or own.gpus_per_node >= gpus:
+            raise ValueError(
+                f"{key}.enabled false needs {key}.resources.gpus_per_node, which is "
+                f"{'null' if own.gpus_per_node is None else own.gpus_per_node}: of {has} it must leave the policy at "
+                f"least one, so 1 to {gpus - 1}"
+            )
+        elif own.num_nodes not in (None, 1):
+            raise ValueError(f"{key}.resources.num_nodes {own.num_nodes}: of {has} it must be null or 1")
+        size = self.policy.generation.vllm_cfg.tensor_parallel_size
+        if gpus and self.engine_gpus_per_node % size:
+            raise ValueError(
+                f"policy.generation.vllm_cfg.tensor_parallel_size {size} must divide the {self.engine_gpus_per_node} "
+                "GPUs of a node that engines have (cluster.gpus_per_node, policy.generation.colocated.resources), as "
+                "an engine lies inside a node"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         samples = self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
         batch, ranks = self.policy.train_global_batch_size, self.num_data_parallel_ranks
@@ -119,8 +157,9 @@ class TrainConfig(Section):
         if batch < ranks:
             raise ValueError(
                 f"policy.train_global_batch_size {batch} leaves some of the {ranks} data-parallel ranks without a "
-                "sample (cluster.num_nodes × cluster.gpus_per_node / policy.dtensor_cfg.tensor_parallel_size): it must "
-                "be at least that many"
+                "sample (cluster.num_nodes × cluster.gpus_per_node / policy.dtensor_cfg.tensor_parallel_size"
+                + ("" if self.policy.generation.colocated.enabled else ", without what the engines have")
+                + "): it must be at least that many"
             )
         return self
 
@@ -130,7 +169,9 @@ class TrainConfig(Section):
         if self.ranks_per_node % size:
             raise ValueError(
                 f"policy.dtensor_cfg.tensor_parallel_size {size} must divide the {self.ranks_per_node} policy ranks "
-                "of a node (cluster.gpus_per_node), as matrices are shared inside a node only"
+                "of a node (cluster.gpus_per_node"
+                + ("" if self.policy.generation.colocated.enabled else " without the engines' GPUs")
+                + "), as matrices are shared inside a node only"
             )
         return self
 
@@ -146,7 +187,9 @@ class TrainConfig(Section):
             )
         generation = self.policy.generation
         truncated = f"policy.generation.top_p {generation.top_p:g}" if generation.top_p < 1 else ""
-        truncated = truncated or (f"policy.generation.top_k {generation.top_k}" if generation.top_k else "")
+        for name in ("top_k", "min_new_tokens"):
+            value = getattr(generation, name)
+            truncated = truncated or (f"policy.generation.{name} {value}" if value else "")
         if truncated and self.loss_fn.use_importance_sampling_correction:
             raise ValueError(
                 f"{truncated} never draws some tokens, so that no weight corrects for what is drawn, as "
@@ -233,14 +276,36 @@ class TrainConfig(Section):
         return judged or self.grpo.val_period > 0 or self.grpo.val_at_start or self.grpo.val_at_end
 
     @property
+    def num_policy_nodes(self) -> int:
+        """Nodes with policy ranks, the first ones."""
+        own = self.policy.generation.colocated.resources.num_nodes or 0
+        return self.cluster.num_nodes - (own if self.cluster.num_nodes > 1 else 0)
+
+    @property
+    def num_engine_nodes(self) -> int:
+        """Nodes with engines, the last ones."""
+        return self.policy.generation.colocated.resources.num_nodes or self.cluster.num_nodes
+
+    @property
+    def engine_gpus_per_node(self) -> int:
+        """GPUs that engines use on each of their nodes."""
+        return self.policy.generation.colocated.resources.gpus_per_node or self.cluster.gpus_per_node
+
+    @property
     def ranks_per_node(self) -> int:
-        """Policy ranks on each node; as many engines."""
-        return max(1, self.cluster.gpus_per_node)
+        """Policy ranks on each of their nodes."""
+        own = self.policy.generation.colocated.resources.gpus_per_node or 0
+        return max(1, self.cluster.gpus_per_node - (own if self.cluster.num_nodes == 1 else 0))
 
     @property
     def num_ranks(self) -> int:
         """Policy ranks in all."""
-        return self.cluster.num_nodes * self.ranks_per_node
+        return self.num_policy_nodes * self.ranks_per_node
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs in all, or nodes where there are none."""
+        return self.cluster.num_nodes * max(1, self.cluster.gpus_per_node)
 
     @property
     def needs_starting_model(self) -> bool:

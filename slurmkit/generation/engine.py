@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,9 @@ class SamplingParams:
 
     `temperature` 0 takes the likeliest token; logprobs are then those of temperature 1. At any other one `top_k` leaves
     so many likeliest tokens, and `top_p` of those the likeliest that together have at least this probability.
+
+    `stop_token_ids` end a completion as the end-of-sequence token does. Before `min_new_tokens` none of these can be
+    drawn, nor what the model's folder says that it ends with; logprobs are those of what is left.
     """
 
     temperature: float
@@ -27,6 +30,8 @@ class SamplingParams:
     seed: int
     top_p: float = 1.0
     top_k: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One completion: the sampled tokens, the end-of-sequence token kept, and nothing after it.
+    """One completion: the sampled tokens, the one that ended it kept, and nothing after it.
 
     `logprobs` are natural logarithms under the distribution that was sampled from, temperature and truncation included;
     NaN where the engine could not tell. `text` is what the tokens say, without special tokens: engines are many, and
@@ -89,6 +94,10 @@ class Engine(Protocol):
 
     def collect(self) -> Mapping[int, Completion]:
         """What has been finished since the last time, by ticket; waits until something is."""
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        """Forget requests that nobody waits for any more, as far as they are not finished; a `collect` that waits for
+        them returns. What has been begun may be finished where there is no way to stop it, and is collected then."""
 
     def load(self, weights: Weights | SharedWeights) -> None:
         """Take over new weights. What is under way is finished with the old ones first, or, in an engine that was made

@@ -7,24 +7,30 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from slurmkit.errors import NodeFailure
+from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.engine import Completion, Request, SamplingParams
 
 _ALIVE_SECONDS = 2.0
+_MAX_TRIES = 3
 
 
-class _Asked(NamedTuple):
-    """A request, and who waits for its completion."""
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request, who waits for its completion, which engine has it since when, and where it got nowhere before."""
 
     ticket: int
     request: Request
     future: asyncio.Future[Completion]
+    slot: _Slot | None = None
+    since: float = 0.0
+    tried: list[_Slot] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -36,14 +42,17 @@ class _Slot:
     in_flight: dict[int, _Asked] = field(default_factory=dict)
     restarts: int = 0
     restarting: asyncio.Task[None] | None = None
+    worker: asyncio.Task[None] | None = None
     busy_since: float | None = None
+    aborting: list[int] = field(default_factory=list)
 
 
 class EnginePool:
     """Shares out requests over engines. Used as `async with EnginePool(engines) as pool`.
 
     An engine that dies is started again, with the weights that the others have, up to `max_restarts` times; meanwhile
-    the others do what it had to do. As the tokens follow from each request's own seed, nobody notices.
+    the others do what it had to do. As the tokens follow from each request's own seed, nobody notices. Who is cancelled
+    while waiting for a completion has it forgotten; nothing else is ever lost.
     """
 
     def __init__(
@@ -54,17 +63,23 @@ class EnginePool:
         continuous: bool = False,
         max_restarts: int = 0,
         stall_seconds: float | None = None,
+        stop_token_ids: Sequence[int] = (),
+        min_new_tokens: int = 0,
         say: Callable[[str], None] = print,
     ) -> None:
         """`continuous` engines take up to `max_batch_size` requests at any time, others only when they have none.
 
-        One that has finished nothing for `stall_seconds` counts as dead.
+        One that has finished nothing for `stall_seconds` counts as dead; a request that one which goes on finishing
+        others has had for as long is asked of another, a few times. `stop_token_ids` and `min_new_tokens` are
+        those of every request.
         """
         self._slots = [_Slot(number, engine) for number, engine in enumerate(engines)]
         self._max_batch_size = max_batch_size
         self._continuous = continuous
         self._max_restarts = max_restarts
         self._stall_seconds = stall_seconds
+        self._stop_token_ids = tuple(stop_token_ids)
+        self._min_new_tokens = min_new_tokens
         self._say = say
         self._waiting: deque[_Asked] = deque()
         self._tickets = count()
@@ -108,10 +123,39 @@ class EnginePool:
         if self._failure is not None:
             raise self._failure
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Asked(next(self._tickets), Request(tuple(prompt_ids), sampling), future))
+        sampling = replace(sampling, stop_token_ids=self._stop_token_ids, min_new_tokens=self._min_new_tokens)
+        request = Request(tuple(prompt_ids), sampling)
+        asked = _Asked(next(self._tickets), request, future)
+        self._waiting.append(asked)
         self._changed.set()
-        completion: Completion = await future
+        try:
+            completion: Completion = await future
+        finally:
+            if future.cancelled():
+                self._forget(asked)
         return completion
+
+    def _forget(self, asked: _Asked) -> None:
+        if (slot := asked.slot) is None:
+            with suppress(ValueError):
+                self._waiting.remove(asked)
+        elif slot.in_flight.pop(asked.ticket, None) is not None:
+            self._abort(slot, asked.ticket)
+
+    def _abort(self, slot: _Slot, ticket: int) -> None:
+        slot.aborting.append(ticket)
+        if len(slot.aborting) == 1:
+            self._spawn(self._send_aborted(slot))
+
+    async def _send_aborted(self, slot: _Slot) -> None:
+        restarts = slot.restarts
+        tickets, slot.aborting = slot.aborting, []
+        if slot.restarting is not None:
+            return
+        try:
+            await slot.engine.call("abort", tickets)
+        except Exception as error:
+            self._fail(slot, restarts, error)
 
     async def load(self, make: Callable[[], Awaitable[Sequence[object]]]) -> None:
         """Give each engine its new weights: a Ray reference, as the driver never fetches them.
@@ -150,20 +194,32 @@ class EnginePool:
             await self._changed.wait()
             self._changed.clear()
             there = [slot for slot in self._slots if slot.restarting is None]
-            free = [slot for slot in there if not slot.in_flight or self._continuous]
+            free = [slot for slot in there if slot.worker is None or self._continuous]
             # The busiest first: what it has too much of, the others have to have less of.
             free.sort(key=lambda slot: len(slot.in_flight), reverse=True)
             while self._waiting and free:
                 level = math.ceil((len(self._waiting) + sum(len(slot.in_flight) for slot in free)) / len(free))
                 slot = free.pop(0)
                 room = min(level, self._max_batch_size) - len(slot.in_flight)
-                batch = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+                batch = self._take(slot, room, is_alone=len(there) == 1)
                 if batch:
-                    is_idle = not slot.in_flight
                     slot.in_flight |= {asked.ticket: asked for asked in batch}
                     self._spawn(self._submit(slot, {asked.ticket: asked.request for asked in batch}))
-                    if is_idle:
-                        self._spawn(self._work(slot))
+                    if slot.worker is None:
+                        slot.worker = self._spawn(self._work(slot))
+
+    def _take(self, slot: _Slot, room: int, *, is_alone: bool) -> list[_Asked]:
+        """The first of those who wait, except, where there are other engines, for what got nowhere on this one."""
+        taken, left, now = list[_Asked](), list[_Asked](), time.perf_counter()
+        while self._waiting and len(taken) < room:
+            asked = self._waiting.popleft()
+            if asked.tried and asked.tried[-1] is slot and not is_alone:
+                left.append(asked)
+            else:
+                asked.slot, asked.since = slot, now
+                taken.append(asked)
+        self._waiting.extendleft(reversed(left))
+        return taken
 
     async def _submit(self, slot: _Slot, requests: Mapping[int, Request]) -> None:
         restarts = slot.restarts
@@ -182,16 +238,38 @@ class EnginePool:
                 if slot.restarts > restarts:
                     return  # what the engine before this one had is somebody else's by now
                 for ticket, completion in finished.items():
-                    future = slot.in_flight.pop(ticket).future
-                    if not future.done():
-                        future.set_result(completion)
+                    asked = slot.in_flight.pop(ticket, None)  # none where it is forgotten
+                    if asked is not None and not asked.future.done():
+                        asked.future.set_result(completion)
+                if finished:
+                    self._ask_elsewhere(slot)
                 self._changed.set()
         except Exception as error:
             self._fail(slot, restarts, error)
         finally:
             self._busy_seconds += time.perf_counter() - since
-            if slot.busy_since == since:
-                slot.busy_since = None
+            if slot.worker is asyncio.current_task():
+                slot.worker = slot.busy_since = None
+
+    def _ask_elsewhere(self, slot: _Slot) -> None:
+        """Of an engine that has just finished something, ask another what this one should have finished long ago."""
+        latest = time.perf_counter() - (math.inf if self._stall_seconds is None else self._stall_seconds)
+        for asked in [each for each in slot.in_flight.values() if each.since < latest]:
+            asked.tried.append(slot)
+            if len(asked.tried) == _MAX_TRIES:
+                tried = ", ".join(each.engine.name for each in asked.tried)
+                raise Failure(
+                    f"a request with {len(asked.request.prompt_ids)} prompt tokens and seed "
+                    f"{asked.request.sampling.seed} got nowhere on {tried}, each time for {self._stall_seconds:g} s "
+                    "while others were finished (policy.generation.stall_timeout_seconds): is that more than the "
+                    "longest completion takes?"
+                )
+            self._say(f"{slot.engine.name} has got nowhere with a request for {self._stall_seconds:g} s: asked anew")
+            del slot.in_flight[asked.ticket]
+            self._abort(slot, asked.ticket)
+            # Under another ticket, as the engine may answer to this one yet.
+            asked.ticket, asked.slot = next(self._tickets), None
+            self._waiting.appendleft(asked)
 
     async def _collect(self, engine: Actor) -> Mapping[int, Completion]:
         finished: Mapping[int, Completion]
@@ -209,8 +287,12 @@ class EnginePool:
         """An engine that had been started again so often is gone, or has raised."""
         if slot.restarts > restarts or slot.restarting is not None:
             return  # another call of the same engine has said so
+        for asked in slot.in_flight.values():
+            asked.slot = None
         self._waiting.extendleft(reversed(slot.in_flight.values()))
         slot.in_flight.clear()
+        slot.aborting.clear()
+        slot.worker = slot.busy_since = None
         if isinstance(error, NodeFailure) and slot.engine.make is not None and slot.restarts < self._max_restarts:
             slot.restarting = self._spawn(self._restart(slot, error))
         else:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams, completion_of
+from slurmkit.generation.machine import use_gpus
 from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest, digest
 
 
@@ -44,9 +45,14 @@ class TorchEngine:
         weight_version: int = 0,
         threads: int | None = None,
         device: str = "cpu",
+        gpus: Sequence[str] = (),
         trust_remote_code: bool = False,
     ) -> None:
-        """Load model and tokenizer from a folder. `max_total_length` counts prompt and completion, in tokens."""
+        """Load model and tokenizer from a folder. `max_total_length` counts prompt and completion, in tokens.
+
+        `gpus` is the one to use, as CUDA_VISIBLE_DEVICES names it.
+        """
+        use_gpus(gpus)
         if threads is not None:
             torch.set_num_threads(threads)
         disable_progress_bar()
@@ -56,6 +62,8 @@ class TorchEngine:
         self._model.eval().requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self._eos_id = int(self._tokenizer.eos_token_id)
+        said = self._model.generation_config.eos_token_id
+        self._ends = {self._eos_id, *(said if isinstance(said, list) else () if said is None else (said,))}
         self._max_total_length = max_total_length
         self._max_batch_size = max_batch_size
         self._device = device
@@ -71,6 +79,10 @@ class TorchEngine:
     def collect(self) -> dict[int, Completion]:
         submitted, self._submitted = self._submitted, {}
         return dict(zip(submitted, self.generate(list(submitted.values())), strict=True))
+
+    def abort(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            self._submitted.pop(ticket, None)
 
     def load(self, weights: Weights | SharedWeights) -> None:
         state, weights = self._model.state_dict(), weights.opened()
@@ -141,6 +153,9 @@ class TorchEngine:
 
     def _draw(self, logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
         """Add one token to each row by inverting the cumulative distribution at the row's own uniform number."""
+        for b, row in enumerate(rows):
+            if len(row.token_ids) < min(row.request.sampling.min_new_tokens, row.budget):
+                logits_BV[b, [*self._ends, *row.request.sampling.stop_token_ids]] = -torch.inf
         temperature_B = torch.tensor([row.request.sampling.temperature for row in rows], device=logits_BV.device)
         greedy_B = temperature_B == 0
         logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
@@ -161,7 +176,7 @@ class TorchEngine:
         return completion_of(self._tokenizer, token_ids, logprobs, reason, self._version)
 
     def _reason(self, row: _Row) -> FinishReason | None:
-        if row.token_ids and row.token_ids[-1] == self._eos_id:
+        if row.token_ids and row.token_ids[-1] in (self._eos_id, *row.request.sampling.stop_token_ids):
             return "stop"
         return "length" if len(row.token_ids) >= row.budget else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,8 +17,8 @@ from slurmkit.errors import NodeFailure
 from slurmkit.generation import vllm_worker
 from slurmkit.generation.engine import Completion, Request, completion_of
 from slurmkit.generation.http_server import Serving, serve
+from slurmkit.generation.machine import use_gpus, use_interface_of
 from slurmkit.generation.nameless import remove_names
-from slurmkit.generation.network import use_interface_of
 from slurmkit.generation.shared_tensors import SharedTensors
 from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest
 
@@ -38,6 +38,7 @@ class VllmEngine:
         weight_version: int = 0,
         threads: int | None = None,
         device: str = "cpu",
+        gpus: Sequence[str] = (),
         trust_remote_code: bool = False,
         address: str = "127.0.0.1",
         temporary: str | None = None,
@@ -47,11 +48,14 @@ class VllmEngine:
     ) -> None:
         """Start vLLM with the model of a folder. `max_total_length` counts prompt and completion, in tokens.
 
-        `address` is the node's own, `temporary` a folder that somebody removes. With `in_flight_weight_updates`, what
-        is under way goes on with new weights; with `serving`, it is asked over HTTP as well. ValueError where vLLM
-        cannot run the model on this device.
+        `gpus` are those to use, as CUDA_VISIBLE_DEVICES names them, `address` is the node's own, `temporary` a folder
+        that somebody removes. With `in_flight_weight_updates`, what is under way goes on with new weights; with
+        `serving`, it is asked over HTTP as well. ValueError where vLLM cannot run the model on this device.
         """
         settings = settings or VllmCfg()
+        use_gpus(gpus)
+        if threads is not None:
+            threads = max(1, threads // (settings.tensor_parallel_size if device == "cpu" else 1))
         _prepare(device, threads, address, temporary)
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         if device == "cpu":
@@ -75,6 +79,7 @@ class VllmEngine:
                     "generation_config": "vllm",
                     "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
                     "distributed_executor_backend": "mp",
+                    "tensor_parallel_size": settings.tensor_parallel_size,
                     "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
                     "kv_cache_memory_bytes": settings.kv_cache_memory_bytes
                     or (_CPU_KV_CACHE_BYTES if on_cpu else None),
@@ -109,7 +114,7 @@ class VllmEngine:
         self._finished: dict[int, Completion] = {}
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[int, asyncio.Task[None]] = {}
         self._sampling: set[asyncio.Future[None]] = set()
         self._may_begin = asyncio.Event()
         self._may_begin.set()
@@ -127,9 +132,7 @@ class VllmEngine:
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         for ticket, request in requests.items():
-            task = asyncio.create_task(self._follow(ticket, request))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+            self._under_way[ticket] = asyncio.create_task(self._follow(ticket, request))
 
     async def collect(self) -> dict[int, Completion]:
         await self._changed.wait()
@@ -138,6 +141,12 @@ class VllmEngine:
         if self._failure is not None:
             raise self._failure
         return finished
+
+    async def abort(self, tickets: Sequence[int]) -> None:
+        for ticket in tickets:
+            if (task := self._under_way.get(ticket)) is not None:
+                task.cancel()  # on which AsyncLLM aborts its request
+        self._changed.set()
 
     async def load(self, weights: Weights | SharedWeights) -> None:
         if isinstance(weights, Weights):
@@ -190,6 +199,7 @@ class VllmEngine:
         finally:
             self._sampling.discard(done)
             done.set_result(None)
+            del self._under_way[ticket]
         self._changed.set()
 
     async def _complete(self, ticket: int, request: Request) -> Completion:
@@ -197,14 +207,16 @@ class VllmEngine:
         if room < 1:
             return completion_of(self._tokenizer, [], [], "prompt_too_long", self._version)
         sampling = request.sampling
+        most = min(sampling.max_new_tokens, room)
         params = self._sampling_params(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,
             seed=sampling.seed % 2**63,
-            max_tokens=min(sampling.max_new_tokens, room),
+            max_tokens=most,
+            min_tokens=min(sampling.min_new_tokens, most),
             logprobs=0,
-            stop_token_ids=[self._eos_id],
+            stop_token_ids=[self._eos_id, *sampling.stop_token_ids],
             ignore_eos=True,  # of what the model's folder calls so
             detokenize=False,
             output_kind=self._output_kind,

@@ -43,9 +43,14 @@ def check_model(path: Path, config: TrainConfig) -> None:
                 f"{reason.partition('<class ')[2].partition('>')[0] or 'its configuration'}"
             ) from None
         raise UserError(f"policy.model_name: transformers cannot open {name}: {reason}") from None
+    vocabulary = model.config.get_text_config().vocab_size
+    if unknown := [token for token in policy.generation.stop_token_ids or () if token >= vocabulary]:
+        raise UserError(
+            f"policy.generation.stop_token_ids {unknown}: {name} has the tokens 0 to {vocabulary - 1} (vocab_size)"
+        )
     settings = policy.dtensor_cfg
     if settings.tensor_parallel_size > 1:
-        nodes = config.cluster.num_nodes if settings.hybrid_sharding else 1
+        nodes = config.num_policy_nodes if settings.hybrid_sharding else 1
         shards = config.num_data_parallel_ranks // nodes
         _check_tensor_parallel(model, str(name), settings.tensor_parallel_size, shards)
     if settings.lora_cfg.enabled:

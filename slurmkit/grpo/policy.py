@@ -24,11 +24,18 @@ class Policy:
     """All ranks, as the driver sees them."""
 
     def __init__(
-        self, ranks: Sequence[Actor], addresses: Sequence[str], *, tensor_parallel_size: int, micro_batch_tokens: int
+        self,
+        ranks: Sequence[Actor],
+        addresses: Sequence[str],
+        *,
+        engines_beside: Sequence[bool],
+        tensor_parallel_size: int,
+        micro_batch_tokens: int,
     ) -> None:
-        """`ranks` in order; `addresses` of their nodes."""
+        """`ranks` in order; `addresses` of their nodes; which engines are on the first rank's node."""
         self._ranks = ranks
         self._addresses = addresses
+        self._engines_beside = engines_beside
         self._tensor_parallel_size = tensor_parallel_size
         self._micro_batch_tokens = micro_batch_tokens
 
@@ -77,11 +84,11 @@ class Policy:
         return description
 
     async def put_weights(self) -> list[Any]:
-        """For the engine beside each rank, a Ray reference to the whole model; the driver never holds it."""
-        is_here = [address == self._addresses[0] for address in self._addresses]
-        references = await together(*(rank.call("put_weights", not all(is_here)) for rank in self._ranks))
+        """For each engine, a Ray reference to the whole model; the driver never holds it."""
+        is_elsewhere = not all(self._engines_beside)
+        references = await together(*(rank.call("put_weights", is_elsewhere) for rank in self._ranks))
         here, elsewhere = references[0]
-        return [here if beside else elsewhere for beside in is_here]
+        return [here if beside else elsewhere for beside in self._engines_beside]
 
     async def save(self, folder: Path) -> None:
         """Copy model, adapters and optimiser, and begin to write them under `folder`, which rank 0's node must see."""

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_leaves
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.generation.network import use_interface_of
+from slurmkit.generation.machine import use_gpus, use_interface_of
 from slurmkit.generation.shared_tensors import SharedTensors
 from slurmkit.generation.weights import SharedWeights, Weights, digest
 from slurmkit.grpo.batch import MicroBatch
@@ -67,7 +67,9 @@ class StepResult:
 class PolicyWorker:
     """One rank. Every method is collective: all ranks must call it, in the same order."""
 
-    def __init__(self, config: TrainConfig, rank: int, num_ranks: int, threads: int) -> None:
+    def __init__(self, config: TrainConfig, rank: int, num_ranks: int, threads: int, gpu: str | None = None) -> None:
+        """`gpu` is the one to use, as CUDA_VISIBLE_DEVICES names it; None leaves that as it is."""
+        use_gpus([gpu] if gpu is not None else [])
         torch.set_num_threads(threads)
         self._config = config
         self._rank = rank
@@ -115,7 +117,7 @@ class PolicyWorker:
         settings = policy.dtensor_cfg
         self._version = version
         self._meshes = make_meshes(
-            self._device.type, self._num_ranks, self._config.cluster.num_nodes, policy.dtensor_cfg
+            self._device.type, self._num_ranks, self._config.num_policy_nodes, policy.dtensor_cfg
         )
         base = model_path
         self._adapters = None

@@ -83,7 +83,7 @@ class Gauge:
     """Reads the figures of one step after the other."""
 
     def __init__(self, config: TrainConfig, description: Description) -> None:
-        self._gpus = config.num_ranks
+        self._gpus = config.num_devices
         self._sampling_phase = "step" if config.grpo.max_age else "rollout"
         self._shape = description.shape
         told = config.cluster.peak_tflops_per_gpu

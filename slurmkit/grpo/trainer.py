@@ -113,7 +113,9 @@ async def train(
             generation.max_batch_size,
             continuous=generation.backend == "vllm",
             max_restarts=generation.max_restarts,
-            stall_seconds=generation.stall_timeout_seconds,
+            stall_seconds=generation.stall_timeout_seconds or config.cluster.call_timeout_seconds,
+            stop_token_ids=generation.stop_token_ids or (),
+            min_new_tokens=generation.min_new_tokens,
             say=say,
         )
         pool = await stack.enter_async_context(sharing)

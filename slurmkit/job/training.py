@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slurmkit.config.compact import compact_yaml
 from slurmkit.config.data import DataSource
@@ -37,7 +38,17 @@ def settle_training(
     if request.resume is not None:
         place = request.resume if request.resume in _NO_PATH else absolute(request.resume, directory)
         put(read, ("checkpointing", "resume"), place, "command line: resume")
-    train = validate(TrainConfig, read)
+    # Filled in before anything is judged, as how much room there is decides what fits.
+    set_here = read.data.get("cluster", {})
+    job = _job(source)
+    gpus = None if request.local else job.gpus_on_node
+    filled = Source(copy.deepcopy(read.data), dict(read.origins))
+    if isinstance(set_here, dict):
+        if "num_nodes" not in set_here:
+            put(filled, ("cluster", "num_nodes"), job.nodes, "the job's nodes")
+        if "gpus_per_node" not in set_here and gpus is not None:
+            put(filled, ("cluster", "gpus_per_node"), gpus, GPUS_OF_JOB)
+    train = validate(TrainConfig, filled)
     try:
         refuse_tokens(train.model_dump())
     except ValueError as error:
@@ -45,19 +56,13 @@ def settle_training(
     if "checkpoint_dir" in train.checkpointing.model_fields_set:
         run_dir = absolute(train.checkpointing.checkpoint_dir, Path(str(source.data["workdir"])))
         put(source, ("run_dir",), run_dir, origin_of(read, ("checkpointing", "checkpoint_dir")) or str(config))
-    # The job without what follows from the configuration, so that what it says can be relied on.
-    job = validate(JobSpec, Source({**source.data, "command": ["slurmkit"]}, source.origins))
-    gpus = None if request.local else job.gpus_on_node
-    problems = [*_misfits(train, read, job, gpus, source), *_missing_files(train, read, job)]
+    job = _job(source)
+    problems = [*_misfits(train, set_here, read, job, gpus, source), *_missing_files(train, read, job)]
     if problems:
         raise UserError("\n".join(problems))
-    settled = Source(train.model_dump(), dict(read.origins))
+    settled = Source(train.model_dump(), dict(filled.origins))
     set_by = read.origins.get(("checkpointing", "checkpoint_dir"), "the job's run_dir")
     put(settled, ("checkpointing", "checkpoint_dir"), job.run_dir, set_by)
-    if "num_nodes" not in train.cluster.model_fields_set:
-        put(settled, ("cluster", "num_nodes"), job.nodes, "the job's nodes")
-    if "gpus_per_node" not in train.cluster.model_fields_set and gpus is not None:
-        put(settled, ("cluster", "gpus_per_node"), gpus, GPUS_OF_JOB)
     for sources in (settled.data["data"]["train"], settled.data["data"]["validation"]):
         for each in sources if isinstance(sources, tuple) else (sources,):
             each["data_path"] = _place(DataSource.model_construct(**each), job) or each["data_path"]
@@ -70,14 +75,20 @@ def settle_training(
     return train, {".".join(key): place for key, place in settled.origins.items()}
 
 
-def _misfits(train: TrainConfig, read: Source, job: JobSpec, gpus: int | None, source: Source) -> Iterator[str]:
+def _job(source: Source) -> JobSpec:
+    """The job without what follows from the configuration, so that what it says can be relied on."""
+    return validate(JobSpec, Source({**source.data, "command": ["slurmkit"]}, source.origins))
+
+
+def _misfits(
+    train: TrainConfig, set_here: Mapping[str, Any], read: Source, job: JobSpec, gpus: int | None, source: Source
+) -> Iterator[str]:
     """What the configuration takes of nodes and GPUs that the job does not have. `gpus`: per node, where known."""
 
     def origin(key: str) -> str:
         written = read if "." in key else source
         return origin_of(written, tuple(key.split("."))) or "default"
 
-    set_here = train.cluster.model_fields_set
     nodes = f"nodes {job.nodes} ({origin('nodes')})"
     if "num_nodes" in set_here and train.cluster.num_nodes != job.nodes:
         yield (

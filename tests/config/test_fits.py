@@ -102,6 +102,16 @@ def test_paths_of_all_sources_begin_at_the_workdir_and_a_name_on_the_hub_stays(h
     ]
 
 
+def test_what_a_rule_asks_of_nodes_and_gpus_is_asked_of_those_of_the_job(here: Path) -> None:
+    apart = ("policy.generation.colocated.enabled=false", "policy.generation.colocated.resources.num_nodes=1")
+    job = settled(here, *apart, "policy.dtensor_cfg.tensor_parallel_size=2", nodes=3, gres="gpu:2")
+    assert job.train is not None
+    assert (job.train.num_policy_nodes, job.train.num_ranks, job.train.num_data_parallel_ranks) == (2, 4, 2)
+    assert (job.train.num_engine_nodes, job.train.engine_gpus_per_node, job.train.num_devices) == (1, 2, 6)
+    (line,) = refusal(here, *apart, nodes=1, gres="gpu:2")
+    assert line.startswith("policy.generation.colocated.enabled false needs policy.generation.colocated.resources.gpus")
+
+
 def test_gpus_that_are_not_asked_for_are_refused_with_what_to_write(here: Path) -> None:
     (line,) = refusal(here, "cluster.gpus_per_node=8")
     assert "but the job asks for no GPU: ask for as many (--gpus-per-node 8)" in line

@@ -26,6 +26,68 @@ SHAPING = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 
 
 
 @pytest.mark.parametrize(
+    ("nodes", "gpus", "resources", "expected"),
+    [
+        # Policy nodes, ranks on each, engine nodes, GPUs of engines on each.
+        (4, 8, {"num_nodes": 1}, (3, 8, 1, 8)),
+        (4, 8, {"num_nodes": 3, "gpus_per_node": 8}, (1, 8, 3, 8)),
+        (1, 8, {"gpus_per_node": 2}, (1, 6, 1, 2)),
+        (1, 8, {"gpus_per_node": 2, "num_nodes": 1}, (1, 6, 1, 2)),
+        (2, 0, {"num_nodes": 1}, (1, 1, 1, 0)),
+        (4, 8, {}, "resources.num_nodes, which is null: of cluster.num_nodes 4 with .* so 1 to 3$"),
+        (4, 8, {"num_nodes": 4}, "resources.num_nodes, which is 4: of .* so 1 to 3$"),
+        (4, 8, {"num_nodes": 1, "gpus_per_node": 4}, "gpus_per_node 4: of .* whole nodes, so it must be null or 8"),
+        (1, 8, {}, "resources.gpus_per_node, which is null: of cluster.num_nodes 1 with .* so 1 to 7$"),
+        (1, 8, {"gpus_per_node": 8}, "resources.gpus_per_node, which is 8: .* so 1 to 7$"),
+        (1, 8, {"gpus_per_node": 2, "num_nodes": 2}, "num_nodes 2: of .* it must be null or 1"),
+        (1, 1, {"gpus_per_node": 1}, "gpus_per_node 1 cannot be shared out"),
+        (1, 0, {}, "gpus_per_node 0 cannot be shared out"),
+    ],
+)
+def test_engines_apart_have_nodes_or_gpus_of_their_own_and_the_policy_the_others(
+    tmp_path: Path, nodes: int, gpus: int, resources: dict[str, int], expected: Any
+) -> None:
+    def made() -> TrainConfig:
+        return tiny_config(
+            tmp_path,
+            grpo={"num_prompts_per_step": 16},
+            policy={
+                "from_scratch": {},
+                "train_global_batch_size": 32,
+                "generation": {"colocated": {"enabled": False, "resources": resources}},
+            },
+            cluster={"num_nodes": nodes, "gpus_per_node": gpus},
+        )
+
+    if isinstance(expected, str):
+        with pytest.raises(ValidationError, match=expected):
+            made()
+        return
+    found = made()
+    has = (found.num_policy_nodes, found.ranks_per_node, found.num_engine_nodes, found.engine_gpus_per_node)
+    assert has == expected
+    assert found.num_ranks == expected[0] * expected[1]
+
+
+def test_an_engine_spans_gpus_of_one_node(tmp_path: Path) -> None:
+    def made(size: int, backend: str = "vllm", **colocated: Any) -> TrainConfig:
+        generation = {"backend": backend, "vllm_cfg": {"tensor_parallel_size": size}, "colocated": colocated}
+        return tiny_config(
+            tmp_path, policy={"from_scratch": {}, "generation": generation}, cluster={"gpus_per_node": 4}
+        )
+
+    assert made(4).num_ranks == 4
+    with pytest.raises(ValidationError, match="tensor_parallel_size 3 must divide the 4 GPUs of a node that engines"):
+        made(3)
+    with pytest.raises(ValidationError, match="tensor_parallel_size 4 must divide the 2 GPUs of a node that engines"):
+        made(4, enabled=False, resources={"gpus_per_node": 2})
+    with pytest.raises(ValidationError, match="tensor_parallel_size 2 needs backend vllm, and it is torch"):
+        made(2, backend="torch")
+    with pytest.raises(ValidationError, match="resources gpus_per_node 2 is for engines apart from the policy"):
+        made(2, resources={"gpus_per_node": 2})
+
+
+@pytest.mark.parametrize(
     ("section", "values", "message"),
     [
         ("grpo", {"num_promts_per_step": 4}, "Extra inputs are not permitted"),
@@ -38,6 +100,14 @@ SHAPING = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 
         ("policy", {"model_name": "Qwen/Qwen3-0.6B"}, "exactly one of policy.model_name"),
         ("policy", {"from_scratch": None}, "exactly one of policy.model_name"),
         ("policy", {"generation": {"max_new_tokens": 64}}, "it must be at most 63"),
+        ("policy", {"generation": {"min_new_tokens": 64}}, "more than policy.max_total_sequence_length allows: .* 63"),
+        (
+            "policy",
+            {"generation": {"min_new_tokens": 9, "max_new_tokens": 8}},
+            "min_new_tokens 9 is more than policy.generation.max_new_tokens allows: it must be at most 8",
+        ),
+        ("policy", {"generation": {"min_new_tokens": 2}}, "min_new_tokens 2 makes the sampled tokens likelier"),
+        ("policy", {"generation": {"stop_token_ids": [3, -1]}}, "greater than or equal to 0"),
         ("policy", {"generation": {"temperature": 0.0}}, "greater than 0"),
         ("policy", {"from_scratch": {"hidden_size": 30}}, "multiple of twice num_attention_heads"),
         ("policy", {"from_scratch": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads"),

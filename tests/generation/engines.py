@@ -30,6 +30,13 @@ class Torch:
         finished = self._engine.collect()
         return [finished[ticket] for ticket in range(len(requests))]
 
+    def generate_but(self, aborted: int, requests: Sequence[Request]) -> list[Completion]:
+        """As if one of them had not been asked for."""
+        self._engine.submit(dict(enumerate(requests)))
+        self._engine.abort([aborted])
+        finished = self._engine.collect()
+        return [finished[ticket] for ticket in sorted(finished)]
+
     def end(self) -> None:
         pass
 
@@ -76,6 +83,19 @@ class Vllm:
 
         self.do(ask())
         return [finished[ticket] for ticket in tickets]
+
+    def generate_but(self, aborted: int, requests: Sequence[Request]) -> list[Completion]:
+        finished: dict[int, Completion] = {}
+
+        async def ask() -> None:
+            await self.engine.submit(dict(enumerate(requests, self._tickets)))
+            await self.engine.abort([self._tickets + aborted])
+            while len(finished) < len(requests) - 1:
+                finished.update(await self.engine.collect())
+
+        self.do(ask())
+        self._tickets += len(requests)
+        return [finished[ticket] for ticket in sorted(finished)]
 
     def end(self) -> None:
         self.engine._llm.shutdown()

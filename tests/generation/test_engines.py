@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slurmkit.generation.weights import SharedWeights, Weights, digest
 Engine = Torch | Vllm
 MAX_TOTAL_LENGTH = 320
 EOS = 256
+FOLDERS_END = 99
 PROMPTS = [(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8), (9,), (7, 9, 3, 2)]
 
 
@@ -32,6 +34,8 @@ def make_tied_model(folder: Path, *, seed: int = 0) -> Path:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, tie_word_embeddings=True)
     model.resize_token_embeddings(288, mean_resizing=False)
     model.tie_weights()
+    # What the folder says of ends is nobody's but where a minimum length forbids them.
+    model.generation_config.eos_token_id = [EOS, FOLDERS_END]
     model.save_pretrained(path)
     return path
 
@@ -107,6 +111,44 @@ def test_the_end_token_is_kept_and_nothing_follows_it(engine: Engine) -> None:
     assert all(EOS not in completion.token_ids and len(completion.token_ids) == 40 for completion in cut)
 
 
+def test_a_stop_token_ends_a_completion_as_the_end_token_does_and_is_kept(engine: Engine, reference: Any) -> None:
+    free = requests(40, 1.0, 30)
+    stops = (7, 40, 41, 250)
+    asked = [replace(each, sampling=replace(each.sampling, stop_token_ids=stops)) for each in free]
+    for without, completion in zip(engine.generate(free), engine.generate(asked), strict=True):
+        whole = without.token_ids.tolist()
+        end = next((place for place, token in enumerate(whole) if token in stops), None)
+        expected = (whole, without.finish_reason) if end is None else (whole[: end + 1], "stop")
+        assert (completion.token_ids.tolist(), completion.finish_reason) == expected
+    reasons = [completion.finish_reason for completion in engine.generate(asked)]
+    assert {"stop", "length"} == set(reasons)
+
+
+def test_before_the_minimum_nothing_that_ends_is_drawn_and_logprobs_are_those_of_what_is_left(
+    engine: Engine, reference: Any
+) -> None:
+    # Every other token, so that one of them is sure to come as soon as it may.
+    stops, least = tuple(range(0, EOS, 2)), 6
+    ends = torch.tensor([*stops, EOS, FOLDERS_END])
+    asked = [
+        Request(PROMPTS[i % 5], SamplingParams(1.0, 40, i, stop_token_ids=stops, min_new_tokens=least))
+        for i in range(20)
+    ]
+    for request, completion in zip(asked, engine.generate(asked), strict=True):
+        drawn = completion.token_ids.tolist()
+        assert len(drawn) > least
+        assert not {*drawn[:least]} & {*ends.tolist()}
+        assert (drawn[-1] in {*stops, EOS}, completion.finish_reason) == (True, "stop")
+        with torch.inference_mode():
+            ids = torch.tensor([[*request.prompt_ids, *drawn]])
+            logits = reference(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
+            logits[:least, ends] = -torch.inf
+        expected = torch.log_softmax(logits, -1).gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.numpy(), abs=1e-5)
+    (cut,) = engine.generate([Request((1,), SamplingParams(1.0, 3, 0, stop_token_ids=stops, min_new_tokens=9))])
+    assert (len(cut.token_ids), cut.finish_reason) == (3, "length")
+
+
 def test_the_text_is_what_the_tokens_say_without_those_that_say_nothing(engine: Engine, model_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     completions = engine.generate(requests(20, 1.0, 40))
@@ -160,6 +202,11 @@ def test_only_what_truncation_leaves_is_drawn_with_the_logprobs_of_what_is_left(
     assert beside.logprobs == pytest.approx(engine.generate([free])[0].logprobs, abs=1e-6)
     assert tokens([greedily]) == [(int(logits.argmax()),)]
     assert greedily.logprobs[0] == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
+
+
+def test_a_request_that_is_aborted_before_it_is_sampled_leaves_the_others_as_they_are(engine: Engine) -> None:
+    asked = requests(3, 1.0, 20)
+    assert tokens(engine.generate_but(1, asked)) == tokens(engine.generate([asked[0], asked[2]]))
 
 
 def test_a_prompt_that_does_not_fit_is_a_finish_reason_and_the_others_are_answered(engine: Engine) -> None:

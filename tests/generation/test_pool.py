@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +81,23 @@ async def ask(engines: list[Any], count: int, max_batch_size: int, *, continuous
 def test_everybody_gets_the_answer_to_their_own_prompt() -> None:
     answers = asyncio.run(asyncio.wait_for(ask([Recorder(), Recorder()], 50, 8), 10))
     assert [answer.token_ids.tolist() for answer in answers] == [[number] for number in range(50)]
+
+
+def test_every_request_has_the_ends_that_the_run_asks_for() -> None:
+    asked = list[SamplingParams]()
+
+    class Keeps(Recorder):
+        async def call(self, method: str, *arguments: Any) -> Any:
+            if method == "submit":
+                asked.extend(request.sampling for request in arguments[0].values())
+            return await super().call(method, *arguments)
+
+    async def work() -> None:
+        async with EnginePool([Keeps()], 4, stop_token_ids=(5, 6), min_new_tokens=2) as pool:  # type: ignore[list-item]
+            await pool.generate((1,), SAMPLING)
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert asked == [replace(SAMPLING, stop_token_ids=(5, 6), min_new_tokens=2)]
 
 
 def test_what_waits_is_shared_evenly_between_idle_engines() -> None:
@@ -336,6 +355,119 @@ def test_an_engine_that_finishes_nothing_for_too_long_is_started_again() -> None
         "engine 0 has finished nothing for 0.1 s (policy.generation.stall_timeout_seconds): "
         "started again, for the 1. time of 1"
     ]
+
+
+class Slow(Mortal):
+    """Takes requests at any time and answers each after `seconds`, those of the prompts `stuck` never."""
+
+    def __init__(self, number: int, stuck: set[int], seconds: float = 0.01) -> None:
+        super().__init__()
+        self.name = f"engine {number}"
+        self.stuck, self.aborted, self.asked = stuck, list[int](), list[tuple[int, SamplingParams]]()
+        self._seconds = seconds
+        self._changed = asyncio.Event()
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        if method == "submit":
+            self._submitted |= arguments[0]
+            self.asked += [(request.prompt_ids[0], request.sampling) for request in arguments[0].values()]
+            return None
+        if method == "abort":
+            self.aborted += [self._submitted.pop(ticket).prompt_ids[0] for ticket in arguments[0]]
+            self._changed.set()
+            return None
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._seconds)
+            answered = [t for t, request in self._submitted.items() if request.prompt_ids[0] not in self.stuck]
+            if answered or self._changed.is_set():
+                self._changed.clear()
+                return {ticket: echo(self._submitted.pop(ticket)) for ticket in answered[:1]}
+
+
+def test_what_nobody_waits_for_any_more_is_forgotten_by_the_engine_or_never_asked_of_it() -> None:
+    engine = Slow(0, stuck={1, 2})
+
+    async def work() -> None:
+        async with EnginePool([engine], 2, continuous=True, max_restarts=0) as pool:  # type: ignore[list-item]
+            waiting = [asyncio.create_task(pool.generate((number,), SAMPLING)) for number in (1, 2, 3, 4)]
+            await asyncio.sleep(0.05)
+            for task in waiting[:3]:
+                task.cancel()
+            assert (await waiting[3]).token_ids.tolist() == [4]
+            assert all(task.cancelled() for task in waiting[:3])
+            # With nothing in flight, the engine is idle, and takes up work again.
+            await asyncio.sleep(0.05)
+            before = pool.busy_seconds()
+            await asyncio.sleep(0.02)
+            assert pool.busy_seconds() == before
+            assert (await pool.generate((5,), SAMPLING)).token_ids.tolist() == [5]
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert sorted(engine.aborted) == [1, 2]
+    assert [prompt for prompt, _ in engine.asked] == [1, 2, 4, 5]
+
+
+def test_a_request_that_gets_nowhere_while_others_are_finished_is_asked_of_another_with_the_same_seed() -> None:
+    engines, said = [Slow(0, {7}), Slow(1, set())], list[str]()
+
+    async def work() -> Completion:
+        pool = EnginePool(engines, 4, continuous=True, stall_seconds=0.2, say=said.append)  # type: ignore[arg-type]
+        async with pool:
+            stuck = asyncio.create_task(pool.generate((7,), replace(SAMPLING, seed=11)))
+            while not stuck.done():
+                await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(20, 24)))
+            return await stuck
+
+    assert asyncio.run(asyncio.wait_for(work(), 10)).token_ids.tolist() == [7]
+    assert engines[0].aborted == [7]
+    assert [(7, replace(SAMPLING, seed=11)) in engine.asked for engine in engines] == [True, True]
+    assert said == ["engine 0 has got nowhere with a request for 0.2 s: asked anew"]
+    assert [engine.restarted for engine in engines] == [0, 0]
+
+
+def test_a_request_that_gets_nowhere_anywhere_ends_the_run_and_says_where_it_was() -> None:
+    async def work() -> None:
+        pool = EnginePool(
+            [Slow(0, {7}), Slow(1, {7})],  # type: ignore[list-item]
+            4,
+            continuous=True,
+            stall_seconds=0.1,
+            say=lambda line: None,
+        )
+        async with pool:
+            stuck = asyncio.create_task(pool.generate((7, 8), SAMPLING))
+            while not stuck.done():
+                others = (pool.generate((number,), SAMPLING) for number in range(20, 24))
+                await asyncio.gather(*others, return_exceptions=True)
+            await stuck
+
+    message = "2 prompt tokens and seed 0 got nowhere on engine 0, engine 1, engine 0, each time for 0.1 s"
+    with pytest.raises(Failure, match=message):
+        asyncio.run(asyncio.wait_for(work(), 10))
+
+
+def test_an_engine_that_cannot_stop_is_given_nothing_before_it_has_finished_what_nobody_waits_for() -> None:
+    engine = Recorder()  # which is not to be given more while it has something to do
+    engine.call = forgetting_aborts(engine.call)  # type: ignore[method-assign]
+
+    async def work() -> list[Completion]:
+        async with EnginePool([engine], 4) as pool:  # type: ignore[list-item]
+            first = asyncio.create_task(pool.generate((1,), SAMPLING))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            first.cancel()
+            return list(await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in (2, 3))))
+
+    answers = asyncio.run(asyncio.wait_for(work(), 10))
+    assert [answer.token_ids.tolist() for answer in answers] == [[2], [3]]
+
+
+def forgetting_aborts(call: Any) -> Any:
+    async def serve(method: str, *arguments: Any) -> Any:
+        return None if method == "abort" else await call(method, *arguments)
+
+    return serve
 
 
 def test_how_long_engines_had_something_to_do_is_counted() -> None:

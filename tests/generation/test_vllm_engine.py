@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,21 @@ def test_a_short_request_is_answered_while_a_long_one_is_under_way_and_a_dead_pr
     assert list(first) == [1]
     assert list(second) == [0]
 
+    async def forget() -> tuple[dict[int, Completion], bool]:
+        await vllm.engine.submit({3: long})
+        await asyncio.sleep(0.1)
+        is_begun = vllm.engine._llm.output_processor.has_unfinished_requests()
+        collecting = asyncio.ensure_future(vllm.engine.collect())
+        await vllm.engine.abort([3])
+        found = await collecting
+        while vllm.engine._llm.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0.001)
+        return found, is_begun
+
+    began = time.monotonic()
+    assert vllm.do(forget()) == ({}, True)
+    assert time.monotonic() - began < 5
+
     async def ask_and_kill() -> None:
         await vllm.engine.submit({2: long})
         for process in processes_of(os.getpid()):
@@ -98,16 +114,21 @@ def test_what_is_under_way_goes_on_with_new_weights_or_is_finished_with_the_old_
     async def ask() -> dict[int, Completion]:
         await vllm.engine.submit(dict(enumerate(requests)))
         await asyncio.sleep(0.3)
-        await vllm.engine.load(weights)
+        loading = asyncio.ensure_future(vllm.engine.load(weights))
+        await asyncio.sleep(0.01)
+        await vllm.engine.submit({len(requests): requests[0]})  # while the weights come
+        await vllm.engine.abort([1, 11])  # of which one is under way
+        await loading
         found: dict[int, Completion] = {}
-        while len(found) < len(requests):
+        kept = set(range(len(requests) + 1)) - {1, 11}
+        while not kept <= found.keys():
             found |= await vllm.engine.collect()
-        return found
+        return {number: found[number] for number in kept}
 
     found = vllm.do(ask())
     kinds = set()
-    for number, request in enumerate(requests):
-        completion = found[number]
+    for number, completion in found.items():
+        request = requests[number % len(requests)]
         own = torch.from_numpy(completion.weight_versions) == 7
         expected = torch.where(own, logprobs_of(new, request, completion), logprobs_of(old, request, completion))
         assert completion.logprobs == pytest.approx(expected.numpy(), abs=1e-5)

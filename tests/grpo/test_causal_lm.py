@@ -52,6 +52,13 @@ def test_a_model_with_code_of_its_own_is_refused_until_it_is_allowed_by_name(own
     check_model(own_code, config(own_code, allow_remote_code=[str(own_code)]))
 
 
+def test_a_stop_token_that_the_model_does_not_have_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "model")
+    with pytest.raises(UserError, match=r"stop_token_ids \[70000\]: .*/model has the tokens 0 to \d+ "):
+        check_model(path, config(path, generation={"stop_token_ids": [3, 70000]}))
+    check_model(path, config(path, generation={"stop_token_ids": [3]}))
+
+
 def test_a_model_with_code_of_its_own_trains_on_two_ranks_and_is_saved_with_its_code(
     own_code: Path, tmp_path: Path
 ) -> None:

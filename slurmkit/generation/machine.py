@@ -1,4 +1,4 @@
-"""Which of a node's networks the ranks talk over."""
+"""Which of a node's networks and GPUs a process uses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import struct
+from collections.abc import Sequence
 
 
 def use_interface_of(address: str) -> None:
@@ -24,3 +25,9 @@ def use_interface_of(address: str) -> None:
             if socket.inet_ntoa(found[20:24]) == address:
                 os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
                 return
+
+
+def use_gpus(gpus: Sequence[str]) -> None:
+    """Let this process and those it starts see these alone; none leaves it as it is. Before CUDA is first used."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
