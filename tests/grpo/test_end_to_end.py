@@ -71,8 +71,9 @@ def test_a_checkpoint_opens_with_transformers_and_has_learned_something(whole: R
     assert text == "<|user|>1+2+3=<|end|><|assistant|>"
 
 
-def test_the_plot_is_drawn_at_the_end(whole: Run) -> None:
-    assert (whole.folder / "plots" / "validation_reward.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name", ["validation_reward", "training"])
+def test_the_plots_are_drawn_at_the_end(whole: Run, name: str) -> None:
+    assert (whole.folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_wandb_has_the_run_and_nothing_of_the_environment(whole: Run) -> None:
