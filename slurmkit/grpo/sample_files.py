@@ -24,15 +24,21 @@ _DIGITS = 4
 def write_samples(
     run_directory: Path, step: int, samples: Sequence[Sample], episodes: Mapping[int, Episode], chat: Chat, count: int
 ) -> None:
-    """Write `count` episodes of a step, the first that have an advantage, and the first others where those are too few.
+    """Write `count` episodes of a step: of each group that teaches something the best and the worst, then others.
 
     `episodes` are those of the samples by their `rollout_id`. Failure where the file cannot be written.
     """
     of_rollout: dict[int, list[Sample]] = {}
     for sample in samples:
         of_rollout.setdefault(sample.rollout_id, []).append(sample)
-    teaches = {number: any(sample.advantage.any() for sample in each) for number, each in of_rollout.items()}
-    chosen = sorted(of_rollout, key=lambda number: (not teaches[number], number))[:count]
+    of_group: dict[int, list[int]] = {}
+    for number in sorted(of_rollout, key=lambda number: (-episodes[number].score.reward, number)):
+        of_group.setdefault(of_rollout[number][0].group_id, []).append(number)
+    place: dict[int, tuple[bool, bool, int]] = {}
+    for group, numbers in of_group.items():
+        teaches = any(sample.advantage.any() for number in numbers for sample in of_rollout[number])
+        place |= {number: (not teaches, number not in (numbers[0], numbers[-1]), group) for number in numbers}
+    chosen = sorted(place, key=lambda number: (*place[number], -episodes[number].score.reward, number))[:count]
     lines = (
         {
             "task": episodes[number].task.name,

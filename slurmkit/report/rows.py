@@ -58,3 +58,36 @@ def row_of(line: bytes) -> Row:
 
 def _is_figure(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Tail:
+    """Reads what was appended to a metrics.jsonl since the last time."""
+
+    def __init__(self, path: Path, *, whole: bool) -> None:
+        """`whole`: the first time, too; else what is there already is not read."""
+        self._path = path
+        self._inode, size = self._identify()
+        self._offset = 0 if whole else size
+
+    def read(self) -> tuple[list[Row], bool]:
+        """The new lines that are whole, and whether they stand in the place of all that were read before."""
+        inode, size = self._identify()
+        # A resumed run begins by taking back the lines after its checkpoint.
+        is_anew = inode != self._inode or size < self._offset
+        if is_anew:
+            self._inode, self._offset = inode, 0
+        if size == self._offset:
+            return [], is_anew
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [row for line in whole.splitlines() if (row := row_of(line))], is_anew
+
+    def _identify(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_ino, status.st_size

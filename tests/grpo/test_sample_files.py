@@ -32,7 +32,7 @@ def sample(chat: Chat, rollout_id: int, advantage: float) -> Sample:
         loss_mask=loss_mask,
         logprobs=numpy.array([0.0] * len(prompt) + [-0.123456, -0.5], numpy.float32),
         advantage=loss_mask * numpy.float32(advantage),
-        group_id=rollout_id // 2,
+        group_id=rollout_id // 3,
         rollout_id=rollout_id,
         temperature=1.0,
         weight_version=5,
@@ -64,14 +64,16 @@ def test_a_line_says_of_every_token_whether_it_is_trained_on_and_with_what(tmp_p
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_3.jsonl"]
 
 
-def test_episodes_that_teach_come_first_and_an_episode_s_samples_stay_together(tmp_path: Path, chat: Chat) -> None:
-    episodes = [episode(0, name="same"), episode(0, name="same"), episode(1, name="differ"), episode(0, name="differ")]
-    # The third has two samples, as when a conversation was begun anew.
-    samples = [sample(chat, number, value) for number, value in ((0, 0), (1, 0), (2, 1), (2, 1), (3, -1))]
-    lines = written(tmp_path, samples, episodes, chat, 3)
-    assert [line["task"] for line in lines] == ["differ", "differ", "same"]
-    assert [len(line["samples"]) for line in lines] == [2, 1, 1]
-    assert [line["reward"] for line in lines] == [1, 0, 0]
+def test_the_best_and_the_worst_of_groups_that_teach_come_first(tmp_path: Path, chat: Chat) -> None:
+    names = ("same", "same", "same", "differ", "differ", "differ", "more", "more", "more")
+    rewards = (0, 0, 0, 0.5, 0, 1, 0, 0, 1)
+    episodes = [episode(reward, name=name) for name, reward in zip(names, rewards, strict=True)]
+    samples = [sample(chat, number, (reward - 0.4) * (number > 2)) for number, reward in enumerate(rewards)]
+    # The last but two has two samples, as when a conversation was begun anew.
+    lines = written(tmp_path, [*samples, samples[5]], episodes, chat, 7)
+    told = [(line["task"], line["reward"], len(line["samples"])) for line in lines]
+    assert told[:4] == [("differ", 1, 2), ("differ", 0, 1), ("more", 1, 1), ("more", 0, 1)]
+    assert told[4:] == [("differ", 0.5, 1), ("more", 0, 1), ("same", 0, 1)]
 
 
 @pytest.mark.parametrize("text", ["é漢🙂", "a\ufffdb", "</script><!--", "\x00\x1b[2J", "🙂" * 3])
