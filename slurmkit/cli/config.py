@@ -11,7 +11,7 @@ import click
 from slurmkit.cli.names import echo_json
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.config.source import leaves
-from slurmkit.job.settle import Settled, settle
+from slurmkit.job.settle import settle
 
 _WIDTH = 60
 
@@ -25,7 +25,7 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
     request = request_from(context, words, options)._replace(partial=True)
     settled = settle(request, Path.cwd())
     if as_json:
-        echo_json(_as_json(settled))
+        echo_json(settled.as_json())
         return
     for key, value in leaves(settled.spec.model_dump(mode="json", exclude={"config"})):
         if value not in (None, [], {}, False) or settled.origins.get(key, "default") != "default":
@@ -36,21 +36,6 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
         click.echo(f"\n# the training configuration, from {settled.origins['config']}")
         for key, value in leaves(settled.train.model_dump(mode="json")):
             _line(key, value, settled.config_origins.get(key, "default"))
-
-
-def _as_json(settled: Settled) -> dict[str, Any]:
-    spec = settled.spec.model_dump(mode="json", exclude={"config"})
-    result = {
-        "spec": spec,
-        "origins": {key: settled.origins.get(key, "default") for key, _ in leaves(spec)},
-        "templates": [str(folder) for folder in settled.templates],
-        "sources": [str(path) for path in settled.sources],
-    }
-    if settled.train is not None:
-        train = settled.train.model_dump(mode="json")
-        result["config"] = train
-        result["config_origins"] = {key: settled.config_origins.get(key, "default") for key, _ in leaves(train)}
-    return result
 
 
 def _line(key: str, value: Any, origin: str) -> None:

@@ -19,6 +19,8 @@ _COMMANDS = {
     "wait": "Wait until a run has ended for good, and exit with its code.",
     "cancel": "Cancel runs, follow-ups included.",
     "ls": "List all runs.",
+    "watch": "Watch one run until it ends, and exit with its code.",
+    "report": "Write one page of a run, or of several beside each other.",
     "usage": "Tell what a run has used up, and how much of it for its steps.",
     "export": "Write a checkpoint's model to a folder that transformers and vLLM open.",
     "render": "Print or write the sbatch file that submit would submit.",

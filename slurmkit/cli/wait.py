@@ -24,22 +24,19 @@ def command(run: Path, timeout: float | None, as_json: bool) -> None:
 
     A cancelled run has 143, an interrupted one that nothing goes on with 85, and one without a record of its end 1.
     """
-    from slurmkit.run.state import read_states
+    from slurmkit.run.state import followed
 
     queue = queue_here()
     deadline = None if timeout is None else time.monotonic() + timeout
-    said, finals, problem = None, 0, None
-    while True:
-        (state,) = read_states([run], queue)
+    said, problem = None, None
+    for state, is_over in followed(run, queue):
         if queue.problem != problem:
             problem = queue.problem
             click.echo(f"warning: {problem or 'Slurm answers again'}", err=True)
-        # Without a record, files of one attempt and Slurm's word on the next may be seen out of order: look twice.
-        finals = (finals + 1 if not state.is_certain else 2) if state.is_final else 0
-        if not as_json and (state.state, state.reason) != said and finals != 1:
+        if not as_json and (state.state, state.reason) != said:
             said = (state.state, state.reason)
             click.echo(f"{state.name}: {state.state}" + (f": {state.reason}" if state.reason else ""))
-        if finals > 1:
+        if is_over:
             if as_json:
                 echo_json(state.as_json())
             sys.exit(state.code)

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 _CONVERSATION = ("turns_mean", "tool_calls_mean", "malformed_tool_calls", "max_turns_reached", "timed_out")
 _ROLLOUT = (
-    *("reward_mean", "accuracy", "truncated_fraction", "groups_with_signal", "broken_episodes", "prompts_too_long"),
+    *("reward_mean", "reward_std", "accuracy", "truncated_fraction", "groups_with_signal"),
+    *("broken_episodes", "prompts_too_long"),
     *_CONVERSATION,
     *(f"{part}_tokens_{figure}" for part in ("prompt", "completion", "sequence") for figure in ("mean", "max")),
     *("total_tokens", "tokens_without_logprob", "gen_batches", "discarded_groups", "age_mean", "age_max"),
@@ -21,7 +22,7 @@ _UPDATE = (
     *("token_mult_prob_error", "gen_kl_error", "sampling_importance_ratio"),
 )
 _VALIDATION = (
-    *("accuracy", "reward_mean", "completion_tokens_mean", "truncated_fraction"),
+    *("accuracy", "reward_mean", "reward_std", "completion_tokens_mean", "truncated_fraction"),
     *("broken_episodes", "prompts_too_long"),
     *_CONVERSATION,
 )

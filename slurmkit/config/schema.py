@@ -68,6 +68,8 @@ class Logger(Section):
     """Where to."""
     num_val_transcripts: Annotated[int, Field(ge=0)] = 16
     """Validation tasks whose conversations are kept in validation/step_N.jsonl of the run directory."""
+    num_train_samples: Annotated[int, Field(ge=0)] = 4
+    """Training episodes that are kept token by token in samples/step_N.jsonl, of each step that validates or saves."""
     tensorboard_enabled: bool = False
     """Log to TensorBoard as well, in tensorboard/ of the run directory."""
 

@@ -131,3 +131,8 @@ def _kl(sample: Sample, loss_fn: LossFn) -> float:
     own = sample.logprobs if sample.prev_logprobs is None else sample.prev_logprobs
     kl_T = reference_kl(torch.from_numpy(own), torch.from_numpy(sample.reference_logprobs), loss_fn)
     return float(kl_T.numpy()[sample.loss_mask].sum(dtype=numpy.float64))
+
+
+def by_rollout(groups: Sequence[Group]) -> dict[int, Episode]:
+    """The episodes that samples were made of, by the `rollout_id` of those."""
+    return dict(itertools.chain(*_played(groups)))

@@ -120,6 +120,7 @@ def score_metrics(prefix: str, episodes: Sequence[Episode]) -> dict[str, float]:
     """Rewards, lengths and ends of one episode or more, with their names in metrics.jsonl."""
     return {
         f"{prefix}:reward_mean": statistics.fmean(each.score.reward for each in episodes),
+        f"{prefix}:reward_std": float(numpy.std([each.score.reward for each in episodes])),
         f"{prefix}:accuracy": statistics.fmean(each.score.correct for each in episodes),
         f"{prefix}:completion_tokens_mean": statistics.fmean(each.num_sampled_tokens for each in episodes),
         f"{prefix}:turns_mean": statistics.fmean(len(each.turns) for each in episodes),

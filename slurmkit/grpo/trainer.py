@@ -25,7 +25,7 @@ from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
 from slurmkit.grpo.causal_lm import check_model
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState, weights_digest
 from slurmkit.grpo.cluster import ray_connection, serving_folder, start_actors, watch_ray
-from slurmkit.grpo.credit import credit, make_samples
+from slurmkit.grpo.credit import by_rollout, credit, make_samples
 from slurmkit.grpo.from_scratch import starting_model
 from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
 from slurmkit.grpo.metrics import RunLog, check_finite, say, timed, whole_step
@@ -33,6 +33,7 @@ from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.resume import starting_point
 from slurmkit.grpo.rewards import shaped_group
+from slurmkit.grpo.sample_files import write_samples
 from slurmkit.grpo.saving import Saver
 from slurmkit.grpo.selection import NothingToLearn, without_truncated
 from slurmkit.grpo.throughput import Gauge
@@ -234,6 +235,9 @@ class Trainer:
                     with timed(metrics, "time:validation"):
                         metrics |= await self.validate(step)
                     saving = saving or (self.config.checkpointing.enabled and is_good_enough(metrics, self.config.grpo))
+                if (saving or validating) and (count := self.config.logger.num_train_samples):
+                    folder = Path(self.config.checkpointing.checkpoint_dir)
+                    write_samples(folder, step, samples, by_rollout(groups), self.chat, count)
                 check_finite(step, metrics)
                 has_signal = metrics["train:groups_with_signal"] > 0
                 self.state = replace(

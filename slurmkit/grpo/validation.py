@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from slurmkit.config.algorithm import Grpo
 from slurmkit.envs.environment import Message
 from slurmkit.errors import Failure
+from slurmkit.grpo.sample_files import write_lines
 from slurmkit.grpo.selection import score_metrics
 from slurmkit.rollout.collect import Group
 
@@ -63,13 +62,7 @@ def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -
         for group in groups
         for episode in group.episodes
     ]
-    beside = path.with_name(f".{path.name}.unfinished")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise Failure(f"{path} cannot be written: {error.strerror}") from None
+    write_lines(path, lines)
 
 
 def _said(message: Message) -> dict[str, Any]:

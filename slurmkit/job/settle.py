@@ -75,6 +75,21 @@ class Settled(NamedTuple):
             kind, text = "training configuration", self.spec.config
         return {kind: hashlib.sha256(text.encode()).hexdigest()}
 
+    def as_json(self) -> dict[str, Any]:
+        """The whole job as plain data, with the place that each value comes from."""
+        spec = self.spec.model_dump(mode="json", exclude={"config"})
+        result = {
+            "spec": spec,
+            "origins": {key: self.origins.get(key, "default") for key, _ in leaves(spec)},
+            "templates": [str(folder) for folder in self.templates],
+            "sources": [str(path) for path in self.sources],
+        }
+        if self.train is not None:
+            train = self.train.model_dump(mode="json")
+            result["config"] = train
+            result["config_origins"] = {key: self.config_origins.get(key, "default") for key, _ in leaves(train)}
+        return result
+
     def read_secrets(self) -> dict[str, str]:
         """The job's secrets, from where the spec says they are. UserError names each that cannot be had."""
         return read_secrets(self.spec.secrets, self._origin_of_secret)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from slurmkit.errors import SlurmkitError
-from slurmkit.report.plots import draw_validation_reward
+from slurmkit.report.plots import draw_plots
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m slurmkit.report", description="Draw the plots of a run.")
     parser.add_argument("run_directory", type=Path)
     try:
-        print(draw_validation_reward(parser.parse_args().run_directory))
+        print(*draw_plots(parser.parse_args().run_directory), sep="\n")
     except SlurmkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

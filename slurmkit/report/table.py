@@ -77,13 +77,13 @@ def watch(look: Callable[[], tuple[Table, str]], every: float) -> None:
         table, below = look()
         return Group(table.drawn(), Text(below, style="dim"))
 
-    with _keys() as pressed, Live(drawn(), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
+    with keys() as pressed, Live(drawn(), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
         while not pressed(every):
             live.update(drawn(), refresh=True)
 
 
 @contextmanager
-def _keys() -> Iterator[Callable[[float], bool]]:
+def keys() -> Iterator[Callable[[float], bool]]:
     """Whether q is pressed within that many seconds, as a function."""
     if not sys.stdin.isatty():
 

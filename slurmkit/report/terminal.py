@@ -1,108 +1,180 @@
-"""Progress of a run in the terminal, read from its metrics.jsonl: a bar where it can move, lines where it cannot."""
+"""Progress of a run in the terminal, read from its metrics.jsonl: drawn anew where that is possible, else in lines."""
 
 from __future__ import annotations
 
-import json
 import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
+
+from slurmkit.report.rows import PHASES, Row, Tail
 
 # Not on a terminal: a line for every validation, and at least one in this many seconds.
 _LINE_EVERY = 20.0
+# Steps whose mean tells the time left and the phases.
+_RECENT = 20
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_COLOURS = ("blue", "cyan", "yellow", "magenta", "green", "red", "bright_black")
+_WIDTH = 40
 
 
 class RunProgress:
     """Call `update` as often as wanted; it reads what was appended since."""
 
-    def __init__(self, run_dir: Path, console: Console) -> None:
-        self._metrics = run_dir / "metrics.jsonl"
-        # An earlier attempt's lines are history, not progress.
-        self._inode, self._offset = self._identify()
+    def __init__(self, run_dir: Path, console: Console, *, whole: bool = False) -> None:
+        """`whole`: what earlier attempts logged is shown as well; else that is history, not progress."""
+        self._tail = Tail(run_dir / "metrics.jsonl", whole=whole)
         self._console = console
-        self._first: tuple[int, float] | None = None
-        self._latest: dict[str, Any] = {}
+        self._figures = Figures()
         self._text, self._said = "", time.monotonic()
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[facts]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("starting", total=None, facts="")
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
-    def update(self, log: Path) -> None:
-        """Show the newest step, or before the first one the driver's last line."""
-        rows = self._read_new_rows()
-        for row in rows:
-            self._latest.update(row)
-        if rows and self._first is None:
-            self._first = (int(rows[-1]["step"]), time.monotonic())
-        if not self._latest:
-            self._say(_last_line(log), force=False)
+    def update(self, log: Path, head: str = "") -> None:
+        """Show the newest step, or before the first one the driver's last line; `head` above it where it is drawn."""
+        rows, is_anew = self._tail.read()
+        self._figures.take(rows, is_anew)
+        if self._live is not None:
+            self._live.update(self.drawn(log, head), refresh=True)
             return
-        facts = self._facts()
-        step, last = self._latest["step"], self._latest["last_step"]
-        self._bar.update(self._task, completed=step, total=last, description="training", facts=facts)
-        self._say(facts, force=any("val:accuracy" in row for row in rows))
-
-    def _facts(self) -> str:
-        step, last = int(self._latest["step"]), int(self._latest["last_step"])
-        parts = [f"step {step}/{last}"]
-        for name, label in (("train:reward_mean", "reward"), ("val:accuracy", "accuracy")):
-            if self._latest.get(name) is not None:
-                parts.append(f"{label} {self._latest[name]:.2f}")
-        assert self._first is not None
-        first_step, started = self._first
-        if step > first_step:
-            left = (time.monotonic() - started) / (step - first_step) * (last - step)
-            parts.append(f"{int(left // 60)}:{int(left % 60):02d} left")
-        return "  ".join(parts)
-
-    def _say(self, text: str, force: bool) -> None:
-        if self._console.is_terminal:
-            if not self._latest:
-                self._bar.update(self._task, facts=text[:80])
-        elif text != self._text and (force or time.monotonic() - self._said > _LINE_EVERY):
+        text = self._figures.line() if self._figures.latest else _last_line(log)
+        is_validation = any("val:accuracy" in row for row in rows)
+        if text != self._text and (is_validation or time.monotonic() - self._said > _LINE_EVERY):
             self._text, self._said = text, time.monotonic()
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _identify(self) -> tuple[int, int]:
-        try:
-            status = self._metrics.stat()
-        except FileNotFoundError:
-            return 0, 0
-        return status.st_ino, status.st_size
+    def drawn(self, log: Path, head: str = "") -> RenderableType:
+        """What stands on a terminal now."""
+        title = [Text(head, style="bold", no_wrap=True, overflow="ellipsis")] if head else []
+        if not self._figures.latest:
+            waiting = _last_line(log) or "starting"
+            return Group(*title, Text(waiting, style="dim", no_wrap=True, overflow="ellipsis"))
+        is_plain = not self._console.encoding.startswith("utf")
+        return Group(*title, self._figures.drawn(self._console.width, is_plain=is_plain))
 
-    def _read_new_rows(self) -> list[dict[str, Any]]:
-        inode, size = self._identify()
-        if inode != self._inode or size < self._offset:
-            # A resumed run begins by taking back the lines after its checkpoint.
-            self._inode, self._offset = inode, 0
-        if size == self._offset:
-            return []
-        with self._metrics.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+
+class Figures:
+    """What is shown of a run's lines."""
+
+    def __init__(self) -> None:
+        self.latest: Row = {}
+        self._rewards: list[float] = []
+        self._accuracies: list[tuple[float, float]] = []
+        self._recent: deque[Row] = deque(maxlen=_RECENT)
+
+    def take(self, rows: Sequence[Row], is_anew: bool) -> None:
+        """Add lines; `is_anew`: they stand in the place of all before them."""
+        if is_anew:
+            self.__init__()  # type: ignore[misc]
+        for row in rows:
+            self.latest.update(row)
+            if "train:reward_mean" in row:
+                self._rewards.append(row["train:reward_mean"])
+            if "val:accuracy" in row:
+                self._accuracies.append((row["step"], row["val:accuracy"]))
+            if "time:step" in row:
+                self._recent.append(row)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the last step, at the mean of the last ones."""
+        if not self._recent or "last_step" not in self.latest:
+            return None
+        mean = sum(row["time:step"] for row in self._recent) / len(self._recent)
+        return mean * max(0.0, self.latest["last_step"] - self.latest["step"])
+
+    def line(self) -> str:
+        """All of it in one line."""
+        parts = [self._step()]
+        for name, label in (("train:reward_mean", "reward"), ("val:accuracy", "accuracy")):
+            if name in self.latest:
+                parts.append(f"{label} {self.latest[name]:.2f}")
+        return "  ".join([*parts, *self._left()])
+
+    def drawn(self, width: int, *, is_plain: bool) -> Table:
+        """As a few rows of a terminal of that width; `is_plain`: one that has no more than ASCII."""
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True, min_width=len("accuracy"))
+        table.add_column()
+        room = max(8, min(_WIDTH, width - 30))
+        bar = ProgressBar(total=self.latest.get("last_step", 1), completed=self.latest["step"], width=room)
+        bar.complete_style = bar.finished_style = "green"
+        beside = Table.grid(padding=(0, 2, 0, 0))
+        beside.add_row(bar, Text("  ".join([self._step(), *self._left()])))
+        table.add_row("step", beside)
+        if self._rewards:
+            spread = f" ± {self.latest['train:reward_std']:.2f}" if "train:reward_std" in self.latest else ""
+            table.add_row("reward", self._told(f"{self._rewards[-1]:.2f}{spread}", self._rewards, room, is_plain))
+        if self._accuracies:
+            first_step, before = self._accuracies[0]
+            since = f", {before:.2f} before" if first_step == 0 and len(self._accuracies) > 1 else ""
+            values = [value for _, value in self._accuracies]
+            table.add_row("accuracy", self._told(f"{values[-1]:.2f}{since}", values, room, is_plain))
+        if self._recent:
+            bar_of_phases, words = self._phases(room, "#" if is_plain else "█")
+            table.add_row("time", bar_of_phases)
+            table.add_row("", words)
+        return table
+
+    def _told(self, value: str, values: Sequence[float], room: int, is_plain: bool) -> Text:
+        curve = "" if is_plain else sparkline(values, room)
+        return Text.assemble((f"{curve:<{min(room, len(curve))}}", "green"), "  " if curve else "", value)
+
+    def _phases(self, room: int, block: str) -> tuple[Text, Text]:
+        """The phases of the last steps as one bar, and in words."""
+        count = len(self._recent)
+        seconds = {each: sum(row.get(f"time:{each}", 0.0) for row in self._recent) / count for each in PHASES}
+        shown = [(name, value, colour) for (name, value), colour in zip(seconds.items(), _COLOURS, strict=True)]
+        total = sum(max(0.0, value) for value in seconds.values()) or 1.0
+        whole = Text.assemble(
+            *((block * round(max(0.0, value) / total * room), colour) for _, value, colour in shown),
+            f"  {sum(row['time:step'] for row in self._recent) / count:.2f} s a step",
+        )
+        words = Text("  ").join(
+            Text(f"{name} {value:.2f} s", style=colour) for name, value, colour in shown if value >= 0.005
+        )
+        return whole, words
+
+    def _step(self) -> str:
+        return f"step {self.latest['step']:.0f}" + (
+            f"/{self.latest['last_step']:.0f}" if "last_step" in self.latest else ""
+        )
+
+    def _left(self) -> Iterator[str]:
+        if (left := self.left) is not None:
+            yield f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values from left to right in at most `width` characters, each the mean of those in its place.
+
+    Example: sparkline([0, 1, 2, 3], 4) == "▁▃▆█".
+    """
+    count = min(width, len(values))
+    edges = [round(place * len(values) / count) for place in range(count + 1)] if count else []
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    steps = len(_BLOCKS) - 1
+    return "".join(_BLOCKS[round((mean - low) / (high - low) * steps) if high > low else 0] for mean in means)
 
 
 def _last_line(log: Path) -> str:

@@ -3,9 +3,10 @@
 results/NAME/
     job.sbatch        what was submitted
     config.yaml       the settled training configuration
+    settled.json      the job's and the configuration's values, and where each was set
     run.json          name, digests, and one record per attempt
     slurm-JOBID.out   the job's own output
-    metrics.jsonl     one line per step; step_N/ checkpoints; plots/; wandb/
+    metrics.jsonl     one line per step; step_N/ checkpoints; plots/; samples/; validation/; wandb/
     attempts/JOBID.RESTART/{driver.log,node-HOST.log}, attempts/latest
 """
 
@@ -106,6 +107,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write what `read_json` reads."""
     write_beside(path, json.dumps(record) + "\n")
+
+
+def files_of(settled: Settled) -> dict[str, str]:
+    """What the run directory says of how a run was settled, by the files' names."""
+    values = {"settled.json": json.dumps(settled.as_json(), indent=1) + "\n"}
+    return values if settled.spec.config is None else {"config.yaml": settled.spec.config, **values}
 
 
 class RunDirectory:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slurmkit.errors import INTERRUPTED, UserError
 from slurmkit.job.settle import Settled
-from slurmkit.run.directory import RunDirectory, write_json
+from slurmkit.run.directory import RunDirectory, files_of, write_json
 from slurmkit.run.leftovers import Leftovers, end, own_mark
 
 # Seconds between two looks at the driver.
@@ -45,7 +45,7 @@ def run_here(
     if any(process.run == spec.run_dir for process in left.processes):
         raise UserError(f"{spec.run_dir}: processes that a dead run left are at work here; end them: slurmkit cleanup")
     os.umask(int(spec.umask, 8))
-    directory.prepare({} if spec.config is None else {"config.yaml": spec.config})
+    directory.prepare(files_of(settled))
     with _alone_in(directory.path):
         attempt = directory.path / "attempts" / f"local-{len(directory.attempts) + 1}"
         attempt.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +118,22 @@ def read_states(paths: Sequence[Path], queue: Queue, now: float | None = None) -
     found = [RunFiles(path) for path in paths]
     jobs = queue.ask(job_id for each in found for job_id in each.in_question())
     return [_judge(each, jobs, time.time() if now is None else now) for each in found]
+
+
+def followed(path: Path, queue: Queue) -> Iterator[tuple[RunState, bool]]:
+    """How a run stands each time that somebody asks, and whether it has ended for good.
+
+    Without a record, files of one attempt and Slurm's word on the next may be seen out of order: an end is believed
+    when it is seen twice, and until then the state before it stands.
+    """
+    shown: RunState | None = None
+    finals = 0
+    while True:
+        (state,) = read_states([path], queue)
+        finals = (finals + 1 if not state.is_certain else 2) if state.is_final else 0
+        if finals != 1 or shown is None:
+            shown = state
+        yield shown, finals > 1
 
 
 class _Verdict(NamedTuple):

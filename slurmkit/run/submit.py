@@ -15,7 +15,7 @@ from slurmkit.errors import Failure, UserError
 from slurmkit.job.keeper_file import keeper_text, name_of_keeper
 from slurmkit.job.render import digest_of_spec
 from slurmkit.job.settle import Settled
-from slurmkit.run.directory import RunDirectory, jobs_of
+from slurmkit.run.directory import RunDirectory, files_of, jobs_of
 from slurmkit.run.patience import Patience
 from slurmkit.run.preflight import look
 from slurmkit.slurm.client import Estimate, JobState, NoAnswer, SlurmClient
@@ -64,8 +64,7 @@ def submit(
     directory = ready.directory
     os.umask(int(spec.umask, 8))  # sbatch hands it on, so that the job's own output is made with it, too
     known = jobs_of(directory.path)
-    files = {"job.sbatch": script, **keeper_for(script, directory.path)}
-    directory.prepare(files | ({} if spec.config is None else {"config.yaml": spec.config}))
+    directory.prepare({"job.sbatch": script, **keeper_for(script, directory.path), **files_of(settled)})
     path = directory.path / "job.sbatch"
     try:
         job_id = _submit_once(client, path, ready.secrets, known, patience)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import signal
@@ -71,8 +72,18 @@ def test_a_checkpoint_opens_with_transformers_and_has_learned_something(whole: R
     assert text == "<|user|>1+2+3=<|end|><|assistant|>"
 
 
-def test_the_plot_is_drawn_at_the_end(whole: Run) -> None:
-    assert (whole.folder / "plots" / "validation_reward.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name", ["validation_reward", "training"])
+def test_the_plots_are_drawn_at_the_end(whole: Run, name: str) -> None:
+    assert (whole.folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_steps_that_validate_or_save_were_trained_on_is_kept(whole: Run) -> None:
+    assert sorted(path.name for path in (whole.folder / "samples").iterdir()) == ["step_2.jsonl", "step_4.jsonl"]
+    lines = [json.loads(line) for line in (whole.folder / "samples/step_2.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    (sample,) = lines[0]["samples"]
+    assert "".join(sample["tokens"]).startswith("<|user|>")
+    assert sum(sample["mask"]) == sum(value is not None for value in sample["logprobs"]) > 0
 
 
 def test_wandb_has_the_run_and_nothing_of_the_environment(whole: Run) -> None:

@@ -38,6 +38,7 @@ def test_a_single_episode_per_task_has_no_pass_at_k() -> None:
     assert metrics == {
         "val:accuracy": 0.5,
         "val:reward_mean": 0.75,
+        "val:reward_std": 0.25,
         "val:completion_tokens_mean": 4,
         "val:truncated_fraction": 0.5,
         "val:broken_episodes": 0,

@@ -40,13 +40,12 @@ def test_a_validation_is_told_at_once_with_the_latest_reward(tmp_path: Path, scr
     with progress(tmp_path, screen) as shown:
         append(line(0, **{"val:accuracy": 0.125}))
         shown.update(tmp_path / "driver.log")
-        append(line(1, **{"train:reward_mean": 0.25}))
-        append(line(2, **{"train:reward_mean": 0.375, "val:accuracy": 0.5}))
+        append(line(1, **{"train:reward_mean": 0.25, "time:step": 7.0}))
+        append(line(2, **{"train:reward_mean": 0.375, "time:step": 9.0, "val:accuracy": 0.5}))
         shown.update(tmp_path / "driver.log")
     told = screen.getvalue().splitlines()
     assert told[0] == "step 0/10  accuracy 0.12"
-    assert told[1].startswith("step 2/10  reward 0.38  accuracy 0.50  ")
-    assert told[1].endswith(" left")
+    assert told[1] == "step 2/10  reward 0.38  accuracy 0.50  1:04 left"
 
 
 def test_before_the_first_step_the_driver_s_last_line_is_shown_without_its_colours(
