@@ -164,6 +164,28 @@ class Chat:
         """Tokens of a reply that somebody else wrote, with the token that ends it."""
         return (*self._encoded(text), self._tokenizer.eos_token_id)
 
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text, special tokens included.
+
+        Where a character takes several tokens, the last of them has it and those before it have "".
+        """
+        texts, pending = list[str](), tuple[int, ...]()
+        for place, token in enumerate(ids, 1):
+            pending = (*pending, token)
+            text = self._token_text(pending)
+            # UTF-8 takes four bytes at most, and a token holds one at least.
+            is_open = text.endswith("\ufffd") and len(pending) < 4 and place < len(ids)
+            texts.append("" if is_open else text)
+            pending = pending if is_open else ()
+        return texts
+
+    def _decode(self, ids: tuple[int, ...]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        text: str = self._tokenizer.decode(list(ids), **options)
+        # SentencePiece's tokenizers take a text's first space away.
+        first = str(self._tokenizer.convert_ids_to_tokens(ids[0]))
+        return f" {text}" if first.startswith("\u2581") and not text.startswith(" ") else text
+
 
 def _as_templates_take_it(message: Message) -> dict[str, Any]:
     taken: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -191,27 +213,3 @@ def _end_of(said: str, text: str, start: int) -> int | None:
         if not left:
             return word.start() + len(found[-1]) if "".join(found) == wanted else None
     return None
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return (*ids, self._tokenizer.eos_token_id)
-
-    def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text, special tokens included.
-
-        Where a character takes several tokens, the last of them has it and those before it have "".
-        """
-        texts, pending = list[str](), tuple[int, ...]()
-        for place, token in enumerate(ids, 1):
-            pending = (*pending, token)
-            text = self._token_text(pending)
-            # UTF-8 takes four bytes at most, and a token holds one at least.
-            is_open = text.endswith("\ufffd") and len(pending) < 4 and place < len(ids)
-            texts.append("" if is_open else text)
-            pending = pending if is_open else ()
-        return texts
-
-    def _decode(self, ids: tuple[int, ...]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        text: str = self._tokenizer.decode(list(ids), **options)
-        # SentencePiece's tokenizers take a text's first space away.
-        first = str(self._tokenizer.convert_ids_to_tokens(ids[0]))
-        return f" {text}" if first.startswith("\u2581") and not text.startswith(" ") else text
