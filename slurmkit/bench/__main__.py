@@ -17,6 +17,7 @@ from slurmkit.bench.shapes import shape_of
 from slurmkit.errors import SlurmkitError
 
 _DRIVER_TARGET_MS = 50.0
+_TURN_TARGET_MS = 5.0
 # nemo-gym 0.7.0 under uvicorn on a machine of two cores: 128 episodes of 3 to 6 calls at a time.
 _GYM_EPISODES_PER_SECOND = 21.0
 
@@ -91,6 +92,23 @@ def _driver_lines(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> It
     yield f"| step but rollout, target {_DRIVER_TARGET_MS:g} | {figures['between_rollouts_ms']:.1f} |"
 
 
+def _rollout(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
+    result = measured("rollout", options)
+    return result, _rollout_lines(result["settings"], result["figures"])
+
+
+def _rollout_lines(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> Iterator[str]:
+    episodes, prompt, whole = settings["groups"] * settings["generations"], "prompt_tokens", "sequence_tokens"
+    yield f"{episodes} episodes at once, {settings['turns']} turns each, {settings['tools']} tools"
+    yield f"{figures[prompt]} tokens of prompt, {figures[whole]} at the end"
+    yield "| the driver's part | ms |"
+    yield "|---|---:|"
+    yield f"| a turn, target {_TURN_TARGET_MS:g} | {figures['turn_ms']:.2f} |"
+    yield f"| a turn, processor time | {figures['turn_cpu_ms']:.2f} |"
+    yield f"| an opening, once a group, processor time | {figures['opening_ms']:.2f} |"
+    yield f"| the samples of an episode, processor time | {figures['samples_ms']:.2f} |"
+
+
 def _generate(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
     given = dict(options)
     result = sampling.compare(given.pop("shapes"), given, _say)
@@ -129,6 +147,7 @@ _BENCHMARKS = {
     "fake-data": _fake_data,
     "beside-trl": _beside_trl,
     "driver": _driver,
+    "rollout": _rollout,
     "generate": _generate,
     "sync": _sync,
     "async": _asynchronous,

@@ -129,6 +129,19 @@ def driver(**options: Any) -> None:
     _measure("driver", options)
 
 
+@command.command("rollout")
+@click.option("--groups", type=_POSITIVE, help="Openings.  [default: 64]")
+@click.option("--generations", type=_POSITIVE, help="Episodes of each, all at once.  [default: 16]")
+@click.option("--turns", type=_POSITIVE, help="Replies of an episode, each with a tool call.  [default: 6]")
+@click.option("--tools", type=_POSITIVE, help="Tools that the model may call.  [default: 27]")
+@click.option("--words", type=_POSITIVE, help="Of a reply, and of a tool's output.  [default: 60]")
+@click.option("--rounds", type=_POSITIVE, help="Beside a first one that is left out.  [default: 3]")
+@_with(*_OF_ALL)
+def rollout(**options: Any) -> None:
+    """Measure the driver's own part of a turn in conversations with tools, with an engine that takes no time."""
+    _measure("rollout", options)
+
+
 @command.command("generate")
 @click.option("--shapes", default="0.4m,100m", metavar="NAME,NAME", show_default=True, help="Models of random weights.")
 @click.option("--batch", type=_POSITIVE, help="Completions at once.  [default: 64]")

@@ -210,8 +210,11 @@ def _of_turn(sampling: SamplingParams, turn: int) -> SamplingParams:
 
 
 async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Opening:
-    """What an episode starts with. BrokenEnvironment as in `run_episode`."""
-    return await asked(environment.start(task), task, environment, timeout_seconds)
+    """What an episode starts with. BrokenEnvironment as in `run_episode`, and where that is nothing."""
+    opened = await asked(environment.start(task), task, environment, timeout_seconds)
+    if not opened.messages:
+        raise BrokenEnvironment(f"task {task.name}: {type(environment).__qualname__}: an opening without a message")
+    return opened
 
 
 async def _judged(environment: Environment) -> Score:

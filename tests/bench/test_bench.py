@@ -55,6 +55,17 @@ def test_fake_data_measures_the_trainer_and_keeps_what_a_later_run_is_compared_w
     assert figures["peak_memory_mib"] > figures["loaded_memory_mib"] > 50
 
 
+def test_a_turn_of_a_conversation_costs_the_driver_less_than_five_milliseconds_of_processor_time() -> None:
+    settings = {"groups": 8, "generations": 8, "rounds": 1}
+    found = measured("rollout", settings)
+    assert found["settings"] == found["settings"] | settings | {"turns": 6, "tools": 27}
+    figures = found["figures"]
+    assert 0 < figures["turn_cpu_ms"] < 5
+    assert len(figures["all_turn_ms"]) == 2
+    assert figures["turn_ms"] == figures["all_turn_ms"][1]
+    assert figures["sequence_tokens"] > figures["prompt_tokens"] + 6 * 2 * 30
+
+
 @pytest.mark.parametrize("side", sampling.SIDES)
 def test_sampling_is_measured_with_each_engine_and_with_transformers(side: str) -> None:
     settings = {"shape": "0.4m", "side": side, "batch": 4, "new_tokens": 8, "rounds": 2, "threads": 1}

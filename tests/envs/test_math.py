@@ -126,6 +126,7 @@ def test_an_expression_is_right_where_it_is_the_same_thing_and_numbers_ask_nobod
         ("34", r"\boxed{}}{\frac}"),
     ]
     assert asyncio.run(rewards(*pairs)) == [1] * 7 + [0] * 3
+    domain._verifier.close()
 
 
 def test_rows_in_dapo_s_format_are_read_as_they_are_from_every_kind_of_file(tmp_path: Path) -> None:

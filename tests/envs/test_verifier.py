@@ -73,7 +73,7 @@ def test_a_thousand_at_once_share_two_processes_while_the_event_loop_goes_on(ver
     verdicts, turns = asyncio.run(ask())
     assert verdicts == ["right", "wrong"] * 500
     assert turns > 20, "the event loop stood still"
-    assert len(processes_of(os.getpid())) == 2
+    assert sum("2.0" in words_of(process) for process in processes_of(os.getpid())) == 2
     assert not verifier.failures
 
 

@@ -113,9 +113,15 @@ def test_samples_without_advantage_are_counted_in_the_denominator_and_not_comput
 
 
 def test_an_optimiser_step_in_which_nothing_can_be_learned_is_left_out() -> None:
-    samples = [a_sample(2, 0.0)] * 2 + [a_sample(2, 1.0)] * 2
+    samples = [a_sample(2, float(mark > 3), mark=mark) for mark in (2, 3, 4, 5)]
     assert len(steps_of(samples, global_batch_size=2)) == 1
     assert steps_of(samples[:2], global_batch_size=2) == []
+
+
+def test_an_optimiser_step_counts_episodes_and_tears_none_of_them_apart() -> None:
+    samples = [a_sample(2, 1.0, mark=mark) for mark in (2, 3, 3, 3, 4, 5)]
+    first, second = steps_of(samples, global_batch_size=2)
+    assert [step.num_trained_tokens for step in (first, second)] == [8, 4]
 
 
 def test_positions_start_anew_in_every_sequence() -> None:

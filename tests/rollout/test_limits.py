@@ -89,6 +89,11 @@ def test_an_environment_that_takes_too_long_over_one_call_is_broken_and_no_timeo
         play(talk, Engine(talk, [CALL] * 2), environment, replace(PLENTY, call_seconds=0.05, episode_seconds=30))
 
 
+def test_an_opening_without_a_message_is_the_environments_fault(talk: Talk) -> None:
+    with pytest.raises(BrokenEnvironment, match="task a task: Scripted: an opening without a message"):
+        play(talk, Engine(talk, []), Scripted(Opening(())))
+
+
 def test_a_timeout_of_the_engines_is_their_failure(talk: Talk) -> None:
     class Slow(Engine):
         async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Any:
