@@ -27,18 +27,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from slurmkit.envs.workplace.company import STATUSES, make_world
-from slurmkit.envs.workplace.definitions import compact
 from slurmkit.envs.workplace.desk import Desk, as_text
 from slurmkit.envs.workplace.families import Draft, call
-from slurmkit.envs.workplace.generate import drafts, write
+from slurmkit.envs.workplace.generate import drafts, few_tools, write
 from slurmkit.envs.workplace.scoring import Call
 from slurmkit.envs.workplace.world import World
 
 SEED = 1
-FAMILIES = ["set-status", "take-over", "status-depends", "book-contact", "move-task"]
-TASKS, VALIDATION_TASKS, DEMONSTRATED = 600, 100, 3000
+FAMILIES = ["set-status", "status-depends", "move-task", "create-task"]
+TASKS, VALIDATION_TASKS, DEMONSTRATED = 600, 100, 1200
 RIGHT = 0.25
-STEPS, BATCH, RATE, WARM_UP = 1500, 24, 3e-3, 50
+STEPS, BATCH, RATE, WARM_UP = 800, 16, 4e-3, 40
 END = "<|end|>"
 # Hermes' form, in few tokens: a tool is its name and its arguments' names.
 TEMPLATE = (
@@ -65,6 +64,8 @@ def spoiled(calls: Sequence[Call], rng: Random) -> list[Call]:
         "participant_email": "sam@larkfield.com",
         "field": rng.choice(["status", "notes", "assigned_to_email", "due_date"]),
     }
+    wrong["board"] = rng.choice(["Back end", "Front end", "Design"])
+    wrong["plot_type"] = "bar"
     key = rng.choice([key for key in wrong if key in arguments])
     return [*calls[:-1], call(name, **{**arguments, key: wrong[key]})]
 
@@ -72,8 +73,7 @@ def spoiled(calls: Sequence[Call], rng: Random) -> list[Call]:
 def conversation(draft: Draft, world: World, rng: Random, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of a demonstration, and 1 for those that the model is to say."""
     calls = list(draft.calls) if rng.random() < RIGHT else spoiled(draft.calls, rng)
-    names = sorted({name for name, _ in draft.calls})
-    tools = [{"type": "function", "function": compact(name)} for name in names]
+    tools = [{"type": "function", "function": tool} for tool in few_tools(draft.calls)]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": draft.question}], tools=tools, add_generation_prompt=True, tokenize=False
     )
@@ -91,7 +91,7 @@ def texts(draft: Draft, world: World) -> Iterator[str]:
     yield draft.question
     desk = Desk(world)
     for each in draft.calls:
-        yield from (said(each), as_text(desk.answer(each[0], json.loads(each[1]))[0]), json.dumps(compact(each[0])))
+        yield from (said(each), as_text(desk.answer(each[0], json.loads(each[1]))[0]))
 
 
 def make_tokenizer(texts: Iterator[str]) -> Any:
@@ -139,7 +139,7 @@ def train(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> None:
             group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - 0.95 * step / STEPS)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == STEPS - 1:
+        if step % 50 == 0 or step == STEPS - 1:
             print(f"step {step}/{STEPS}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -162,7 +162,7 @@ def main(folder: Path) -> None:
         Qwen3Config(
             vocab_size=-(-len(tokenizer) // 8) * 8,
             hidden_size=96,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=3,
             num_key_value_heads=3,
             head_dim=32,
