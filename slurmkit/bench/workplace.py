@@ -46,7 +46,7 @@ def measure(given: dict[str, Any]) -> dict[str, Any]:
     settings = Settings(**given)
     random = Random(f"bench {settings.seed}")
     found = list(islice(drafts(make_world(0), list(FAMILIES), settings.seed), settings.tasks))
-    rows = [row(number, *each, few_tools=False) for number, each in enumerate(found)]
+    rows = [row(number, *each, few=False) for number, each in enumerate(found)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(each) + "\n" for each in rows))

@@ -139,7 +139,7 @@ class WorkplaceEnv(Section):
     """Which company is made up. Tasks of `slurmkit data workplace` belong to the one that they were made for."""
     scoring: Literal["gym", "strict"] = "gym"
     """Which end states count as equal: gym as NeMo Gym compares, quirks included; strict in any order, and where
-    nothing was to be changed only if some tool was used. docs/environments.md has both in full."""
+    nothing was to be changed only if some tool was used. docs/workplace.md has both in full."""
     max_turns: Count = 6
     """Replies of an episode: the calls of the last are still carried out."""
     skip_bad_rows: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 _PAGES = {"page": "integer: which page of what was found, from 1", "page_size": "integer: how many on a page, 5"}
@@ -178,10 +178,10 @@ DEFINITIONS: Mapping[str, Mapping[str, Any]] = {each[0]: _function(*each) for ea
 """By their names, in NeMo Gym's form: {"type": "function", "name", "description", "parameters", "strict"}."""
 
 
-def compact(name: str) -> Mapping[str, Any]:
-    """A tool in few tokens, for small models: what it is called and takes, and no words."""
+def compact(name: str, arguments: Collection[str]) -> Mapping[str, Any]:
+    """A tool in few tokens, for small models: no words, and of what it takes no more than `arguments`."""
     parameters = DEFINITIONS[name]["parameters"]
-    properties = {key: {"type": value["type"]} for key, value in parameters["properties"].items()}
+    properties = {key: {"type": value["type"]} for key, value in parameters["properties"].items() if key in arguments}
     return {
         "type": "function",
         "name": name,

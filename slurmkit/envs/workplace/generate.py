@@ -55,17 +55,24 @@ def _is_sound(world: World, start: Any, draft: Draft) -> bool:
     return not same(start, end, "gym") and not same(start, end, "strict")
 
 
-def row(number: int, family: str, draft: Draft, *, few_tools: bool) -> dict[str, Any]:
-    """As NeMo Gym's data sets have it. `few_tools`: those that the task needs, without words; else all 27."""
-    names = sorted({name for name, _ in draft.calls}) if few_tools else list(DEFINITIONS)
+def few_tools(calls: Sequence[Call]) -> list[Mapping[str, Any]]:
+    """The tools that are called, with those of their arguments that are given."""
+    used: dict[str, set[str]] = {}
+    for name, arguments in calls:
+        used.setdefault(name, set()).update(json.loads(arguments))
+    return [compact(name, used[name]) for name in sorted(used)]
+
+
+def row(number: int, family: str, draft: Draft, *, few: bool) -> dict[str, Any]:
+    """As NeMo Gym's data sets have it, with all 27 tools or a `few`."""
     said = [{"role": "user", "content": draft.question}]
-    if not few_tools:
+    if not few:
         said.insert(0, {"role": "system", "content": PROMPT})
     return {
         "id": number,
         "responses_create_params": {
             "input": said,
-            "tools": [compact(name) if few_tools else DEFINITIONS[name] for name in names],
+            "tools": few_tools(draft.calls) if few else list(DEFINITIONS.values()),
             "parallel_tool_calls": False,
             "temperature": 1.0,
         },
@@ -91,7 +98,7 @@ def write(options: Mapping[str, Any]) -> None:
     if options.get("validation"):
         counts = {options["validation"]: options["validation_tasks"], **counts}
     for path, count in counts.items():
-        rows = (row(i, *next(found), few_tools=options["few_tools"]) for i in range(count))
+        rows = (row(i, *next(found), few=options["few_tools"]) for i in range(count))
         _replace(Path(path), "".join(json.dumps(each) + "\n" for each in rows))
         print(f"{path}: {count} tasks")
     if options.get("databases"):
