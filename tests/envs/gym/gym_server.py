@@ -137,9 +137,6 @@ class GymServer:
                 return web.Response(text="<html>Sign in</html>", content_type="text/html")
             case "elsewhere":
                 return web.Response(status=307, headers={"Location": "/add"})
-            case "slowly":
-                await asyncio.sleep(0.5)
-                return web.json_response(right)
             case "in drops":
                 answer = web.StreamResponse(headers={"Content-Type": "application/json"})
                 await answer.prepare(request)

@@ -72,7 +72,7 @@ def agent() -> Iterator[AgentServer]:
 def configured(folder: Path, url: str, *rows: dict[str, Any], **env: Any) -> TrainConfig:
     path = folder / "rows.jsonl"
     path.write_text(lines(list(rows)))
-    gym = {"agent_url": url, "start_timeout_seconds": 5.0, **env.pop("gym", {})}
+    gym = {"agent_url": url, "start_timeout_seconds": 30.0, **env.pop("gym", {})}
     return TrainConfig.model_validate(
         {
             "env": {"name": "gym", "gym": gym, **env},
@@ -159,14 +159,14 @@ def test_an_agent_s_reply_that_was_cut_counts_as_cut(agent: AgentServer, tmp_pat
         (row(also={"_ng_failure_class": "judge_failed"}, reward=0.0), "with a failure (judge_failed)"),
         (row(status=500), "was answered with an error: 500"),
         (row(status=422), "was answered with an error: 422"),
-        (row(seconds=30), "no whole answer within 1 s (env.timeout_seconds)"),
+        (row(seconds=60), "no whole answer within 4 s (env.timeout_seconds)"),
     ],
 )
 def test_an_agent_that_fails_breaks_that_episode_alone_once_and_is_named(
     agent: AgentServer, tmp_path: Path, one: dict[str, Any], message: str
 ) -> None:
     good = row(text("7", **tokens([1], [2])))
-    bad, right = groups(configured(tmp_path, agent.url, one, good, timeout_seconds=1.0))
+    bad, right = groups(configured(tmp_path, agent.url, one, good, timeout_seconds=4.0))
     assert not bad.episodes
     assert "task rows.jsonl:1: GymAgent: GymError: POST " in bad.broken[0]
     assert message in bad.broken[0]
@@ -178,7 +178,7 @@ def test_an_agent_that_is_not_there_in_time_ends_the_run_and_one_that_comes_late
     agent: AgentServer, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"env.gym.agent_url \S+: GET /run: Cannot connect .* which takes POST /run"):
-        groups(configured(tmp_path, "http://127.0.0.1:9", row(), gym={"start_timeout_seconds": 0.3}))
+        groups(configured(tmp_path, "http://127.0.0.1:9", row(), gym={"start_timeout_seconds": 1.0}))
     left = [503]
 
     @web.middleware

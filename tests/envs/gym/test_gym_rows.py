@@ -105,7 +105,7 @@ def refusal(config: TrainConfig) -> str:
 def test_a_server_that_is_not_there_or_is_none_of_gym_s_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with gym_server() as server:
         gone = server.url
-    message = refusal(configured(tmp_path, [row()], url=gone, start_timeout_seconds=0.3))
+    message = refusal(configured(tmp_path, [row()], url=gone, start_timeout_seconds=1))
     assert message.startswith(f"env.gym.url {gone}: GET /seed_session: Cannot connect to host")
     assert message.endswith("a resources server of NeMo Gym, which takes POST /seed_session and POST /verify")
     with serving(web.Application()) as url:

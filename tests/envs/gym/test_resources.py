@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from groups import completion
 from gym_server import GymServer, gym_server, lines, row
+from tiny import make_tiny_model
 
 from slurmkit.config.data import GymEnv
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Domain, Environment, Message, Score, Task, ToolCall
 from slurmkit.envs.gym.client import GymError
+from slurmkit.generation.engine import Completion, SamplingParams
+from slurmkit.rollout.chat import Chat
+from slurmkit.rollout.collect import Sampling, collect
+from slurmkit.rollout.episode import Limits
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def server() -> Iterator[GymServer]:
         yield running
 
 
-def configured(folder: Path, rows: list[dict[str, Any]], seconds: float = 10.0, **gym: Any) -> TrainConfig:
+def configured(folder: Path, rows: list[dict[str, Any]], seconds: float = 30.0, **gym: Any) -> TrainConfig:
     path = folder / "rows.jsonl"
     path.write_text(lines(rows))
     return TrainConfig.model_validate(
@@ -37,7 +42,7 @@ def configured(folder: Path, rows: list[dict[str, Any]], seconds: float = 10.0, 
     )
 
 
-def domain(server: GymServer, folder: Path, *rows: dict[str, Any], seconds: float = 10.0, **gym: Any) -> Domain:
+def domain(server: GymServer, folder: Path, *rows: dict[str, Any], seconds: float = 30.0, **gym: Any) -> Domain:
     return make_domain(configured(folder, list(rows), seconds, url=server.url, **gym))
 
 
@@ -141,7 +146,8 @@ def test_a_server_that_fails_breaks_its_episode_and_is_named(
     server: GymServer, tmp_path: Path, point: str, fault: str, message: str
 ) -> None:
     bad = row(**{point: [fault] * 9})
-    gym = domain(server, tmp_path, bad, seconds=1, max_response_bytes=1_000_000, max_retries=1)
+    seconds = 1 if "within 1 s" in message else 30
+    gym = domain(server, tmp_path, bad, seconds=seconds, max_response_bytes=1_000_000, max_retries=1)
     with pytest.raises(GymError, match=message):
         played(gym, add(7))
 
@@ -169,28 +175,67 @@ def test_only_what_the_server_cannot_have_done_is_sent_again(server: GymServer, 
     del score
 
 
-def test_a_slow_server_holds_up_no_other_episode(server: GymServer, tmp_path: Path) -> None:
-    gym = domain(server, tmp_path, row(0, add=["slowly"]), row(1))
+class Adds:
+    """An engine whose model calls `add` with 7, and then is done."""
 
-    async def both() -> tuple[float, float]:
-        async def seconds(task: Task) -> float:
-            begun = time.monotonic()
-            await play(gym.environment(), task, add(7))
-            return time.monotonic() - begun
+    def __init__(self, chat: Chat) -> None:
+        self._call, self._end = (
+            chat.reply_ids(text)
+            for text in ('<tool_call>\n{"name": "add", "arguments": {"number": 7}}\n</tool_call>', "Done.")
+        )
 
-        slow, fast = await asyncio.gather(*map(seconds, gym.train_tasks))
-        return slow, fast
+    async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
+        ids = self._end if len(prompt_ids) > len(self._call) else self._call
+        return completion(ids, [-0.5] * len(ids))
 
-    slow, fast = asyncio.run(both())
-    assert slow > 0.5
-    assert fast < 0.4
+
+def test_broken_episodes_are_missing_from_their_groups_and_named_and_are_no_zeros(
+    server: GymServer, tmp_path: Path
+) -> None:
+    faults: list[dict[str, list[str]]] = [{}, {"verify": ["error"]}, {"add": ["drop"]}, {"add": ["huge"]}]
+    gym = domain(server, tmp_path, *(row(number, **each) for number, each in enumerate(faults)))
+    chat = Chat(make_tiny_model(tmp_path / "model"), tool_parser="hermes")
+    groups = asyncio.run(
+        collect(
+            gym.train_tasks,
+            episodes_per_task=2,
+            domain=gym,
+            policy=Adds(chat),
+            chat=chat,
+            sampling=Sampling(1.0, 5, (1,)),
+            limits=Limits(6, 5.0, None, 1000),
+        )
+    )
+    assert [[episode.score.reward for episode in group.episodes] for group in groups] == [[1, 1], [1], [1], [1, 1]]
+    assert [[text[:34] for text in group.broken] for group in groups] == [
+        [],
+        ["task rows.jsonl:2: GymEpisode: Gym"],
+        ["task rows.jsonl:3: GymEpisode: Gym"],
+        [],
+    ]
+    shown = {len(message.content) for episode in groups[3].episodes for message in episode.messages}
+    assert max(shown) < 1100, "of ten megabytes the model is shown the beginning"
+    assert [message.role for message in groups[0].episodes[0].messages[2:]] == ["assistant", "tool", "assistant"]
+
+
+def test_a_server_that_does_not_answer_holds_up_no_other_episode(server: GymServer, tmp_path: Path) -> None:
+    gym = domain(server, tmp_path, row(0, add=["never"]), row(1), seconds=60)
+
+    async def both() -> tuple[Score, bool]:
+        waits, goes_on = (asyncio.create_task(play(gym.environment(), task, add(7))) for task in gym.train_tasks)
+        _, score = await goes_on
+        is_waiting = not waits.done()
+        waits.cancel()
+        return score, is_waiting
+
+    assert asyncio.run(both()) == (Score(1.0, True), True)
 
 
 def test_a_thousand_episodes_at_once_keep_their_sessions_apart_within_the_limit_of_connections(
     server: GymServer, tmp_path: Path
 ) -> None:
     rows = [row(number, expected=number) for number in range(1, 1025)]
-    gym = domain(server, tmp_path, *rows, seconds=60, max_connections=256)
+    gym = domain(server, tmp_path, *rows, seconds=120, max_connections=256)
 
     async def all_of_them() -> list[Score]:
         episodes = (play(gym.environment(), task, add(n)) for n, task in enumerate(gym.train_tasks, start=1))
