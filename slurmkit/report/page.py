@@ -122,6 +122,7 @@ def render_page(runs: Sequence[RunFacts], folder: Path) -> str:
         links=[_links(run, folder) for run in runs],
         logs=lambda attempt: _logs(attempt.folder, folder),
         policy=_policy(script, style),
+        licence=Markup(_static("uPlot.LICENSE")),
         script=Markup(script),
         style=Markup(style),
         data=Markup(_as_script(data)),

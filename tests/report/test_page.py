@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from pages import HOSTILE, episode, facts_of, write_samples, write_steps
+from parts import REPOSITORY
 
 from slurmkit.errors import Failure
 from slurmkit.report.page import write_page
@@ -225,7 +227,7 @@ def test_what_models_environments_and_users_write_is_text_and_never_runs(
     browser.ask("new Promise((done) => setTimeout(done, 30))")
     assert browser.problems == []
     assert browser.ask("document.title") != "ran"
-    assert browser.ask("document.scripts.length") == 2
+    assert browser.ask("document.scripts.length") == 3
     assert browser.ask("document.querySelectorAll('img, svg, iframe, object, embed, [onload], [onerror]').length") == 0
     assert browser.ask("[...document.links].every((e) => ['file:', ''].includes(e.protocol))")
     written = {HOSTILE[6]: "]]>⟨U+2028⟩⟨U+2029⟩␀␛[2J", HOSTILE[7]: "⟨U+202E⟩gnirts⟨U+202C⟩", HOSTILE[8]: "?"}
@@ -249,6 +251,15 @@ def test_a_page_asks_for_nothing_outside_of_itself(page: Path) -> None:
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!\./|#)""", text)
     assert not re.findall(r"@import|url\(", text)
     assert "default-src &#39;none&#39;" in text
+
+
+def test_the_charting_library_is_as_it_was_published_and_its_licence_is_in_the_page(page: Path) -> None:
+    folder = REPOSITORY / "slurmkit/report/static"
+    listed = re.findall(r"^([0-9a-f]{64})  (\S+)$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert len(listed) == 3
+    for digest, name in listed:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    assert "Permission is hereby granted, free of charge" in page.read_text()
 
 
 def test_several_runs_stand_beside_each_other_with_what_they_were_told_differently(
