@@ -57,6 +57,7 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
         "run directory": run_dir,
         "log": log,
         "plot": run_dir / "plots/validation_reward.png",
+        "its page": f"slurmkit report {shlex.quote(str(run_dir))}",
     }
     if options["config"] is not None:
         facts["try next"] = f"slurmkit run --config {shlex.quote(str(options['config']))} --name another grpo.seed=2"

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from slurmkit.report.rows import PHASES, Rows, read_rows
 from slurmkit.report.samples import read_samples
 
 _HERE = Path(__file__).parent
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
 # Of figures in the page: more than a screen can show, and half the bytes of all of them.
 _DIGITS = 6
 # Conversations in a page: enough to see how they change, and few enough to open at once.
@@ -90,7 +92,12 @@ def render_page(runs: Sequence[RunFacts], folder: Path) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else _visible(value),
     )
     script, style = _static("uPlot.iife.min.js", "page.js", "tokens.js"), _static("uPlot.min.css", "page.css")
     settings = [_settings(run.path) for run in runs]
@@ -115,9 +122,17 @@ def render_page(runs: Sequence[RunFacts], folder: Path) -> str:
         links=[_links(run, folder) for run in runs],
         logs=lambda attempt: _logs(attempt.folder, folder),
         policy=_policy(script, style),
+        licence=Markup(_static("uPlot.LICENSE")),
         script=Markup(script),
         style=Markup(style),
         data=Markup(_as_script(data)),
+    )
+
+
+def _visible(text: str) -> str:
+    """What would not be seen, or would turn the text around it, by its name; page.js does the same."""
+    return _UNSEEN.sub(
+        lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else f"⟨U+{ord(found[0]):04X}⟩", text
     )
 
 

@@ -64,12 +64,19 @@ class RunProgress:
 
     def drawn(self, log: Path, head: str = "") -> RenderableType:
         """What stands on a terminal now."""
-        title = [Text(head, style="bold", no_wrap=True, overflow="ellipsis")] if head else []
+        title = [self._words(head, "bold")] if head else []
         if not self._figures.latest:
-            waiting = _last_line(log) or "starting"
-            return Group(*title, Text(waiting, style="dim", no_wrap=True, overflow="ellipsis"))
-        is_plain = not self._console.encoding.startswith("utf")
-        return Group(*title, self._figures.drawn(self._console.width, is_plain=is_plain))
+            return Group(*title, self._words(_last_line(log) or "starting", "dim"))
+        return Group(*title, self._figures.drawn(self._console.width, is_plain=self._is_plain))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the terminal has no more than ASCII."""
+        return not self._console.encoding.startswith("utf")
+
+    def _words(self, text: str, style: str) -> Text:
+        written = text.encode("ascii", "replace").decode() if self._is_plain else text
+        return Text(written, style=style, no_wrap=True, overflow="crop")
 
 
 class Figures:
@@ -122,7 +129,8 @@ class Figures:
         beside.add_row(bar, Text("  ".join([self._step(), *self._left()])))
         table.add_row("step", beside)
         if self._rewards:
-            spread = f" ± {self.latest['train:reward_std']:.2f}" if "train:reward_std" in self.latest else ""
+            sign = "+/-" if is_plain else "±"
+            spread = f" {sign} {self.latest['train:reward_std']:.2f}" if "train:reward_std" in self.latest else ""
             table.add_row("reward", self._told(f"{self._rewards[-1]:.2f}{spread}", self._rewards, room, is_plain))
         if self._accuracies:
             first_step, before = self._accuracies[0]

@@ -51,6 +51,9 @@ def test_a_wheel_in_another_environment_renders_the_same_file_and_brings_no_trai
     installed = {line.split("==")[0].lower() for line in run(pip, "freeze").splitlines()}
     assert not installed & {"torch", "ray", "vllm", "transformers", "wandb", "numpy"}
     assert "No broken requirements" in run(pip, "check")
+    (tmp_path / "results/x/attempts").mkdir(parents=True)
+    run(slurmkit, "report", "x", cwd=tmp_path)
+    assert "uPlot" in (tmp_path / "results/x/report.html").read_text()
 
 
 def test_an_editable_install_from_a_path_with_a_space_finds_its_templates(clone: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from slurmkit.report.terminal import RunProgress
+from slurmkit.report.rows import Tail
+from slurmkit.report.terminal import RunProgress, sparkline
 
 
 @pytest.fixture
@@ -83,3 +84,52 @@ def test_what_an_earlier_attempt_logged_is_not_progress(tmp_path: Path, screen: 
         appender(path)(line(5, **{"val:accuracy": 0.6}))
         shown.update(tmp_path / "driver.log")
     assert "step 5/10  reward 0.10  accuracy 0.60" in screen.getvalue()
+
+
+FIGURES = [
+    line(0, **{"val:accuracy": 0.125}),
+    line(1, **{"train:reward_mean": 0.25, "train:reward_std": 0.5, "time:step": 4.0, "time:rollout": 3.0}),
+    line(2, **{"train:reward_mean": 0.5, "time:step": 4.0, "time:update": 3.0, "val:accuracy": 0.75}),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_terminal_has_curves_phases_and_the_time_left_in_what_it_can_show(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(FIGURES))
+    drawn = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(drawn, encoding), force_terminal=True, width=90, color_system=None)
+    with RunProgress(tmp_path, console, whole=True) as shown:
+        shown.update(tmp_path / "driver.log", "näme: running")
+        console.file.flush()
+    text = drawn.getvalue().decode(encoding)
+    assert "step 2/10  0:32 left" in text
+    assert "0.75, 0.12 before" in text
+    assert "rollout 1.50 s  update 1.50 s" in text
+    assert "4.00 s a step" in text
+    if encoding == "utf-8":
+        assert "▁█  0.50 ± 0.50" in text
+        assert "näme: running" in text
+    else:
+        assert "0.50 +/- 0.50" in text
+        assert "n?me: running" in text
+
+
+def test_a_curve_is_the_means_of_what_falls_into_each_place() -> None:
+    assert sparkline([0, 1, 2, 3], 4) == "▁▃▆█"
+    assert sparkline([0, 0, 7, 7], 2) == "▁█"
+    assert sparkline([0, 7, 0, 7, 7, 7], 3) == "▁▁█"
+    assert sparkline([3, 3], 9) == "▁▁"
+    assert sparkline([], 9) == ""
+
+
+def test_steps_that_are_made_again_take_the_place_of_those_before_them(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(FIGURES[1] + FIGURES[2])
+    tail = Tail(path, whole=True)
+    rows, is_anew = tail.read()
+    assert ([row["step"] for row in rows], is_anew) == ([1, 2], False)
+    (tmp_path / "beside").write_text(FIGURES[1])
+    os.replace(tmp_path / "beside", path)
+    rows, is_anew = tail.read()
+    assert ([row["step"] for row in rows], is_anew) == ([1], True)
+    assert tail.read() == ([], False)

@@ -40,6 +40,15 @@ def test_the_exit_code_is_the_command_s_and_the_end_of_its_log_is_shown(here: Pa
     assert "exit code 7" in done.stderr
 
 
+def test_a_run_keeps_what_was_settled_and_where_each_value_was_set(here: Path) -> None:
+    (here / "job.yaml").write_text("env: {Y: it's}\n")
+    assert run(here, "job.yaml", "--name", "kept", "--", "true").returncode == 0
+    kept = json.loads((here / "results/kept/settled.json").read_text())
+    assert kept["spec"]["env"] == {"Y": "it's"}
+    origins = {key: kept["origins"][key] for key in ("name", "env.Y", "comment")}
+    assert origins == {"name": "command line: name", "env.Y": "job.yaml:1", "comment": "default"}
+
+
 def test_running_the_same_again_is_another_attempt_of_the_same_run(here: Path) -> None:
     for _ in range(2):
         assert run(here, "--", "true").returncode == 0

@@ -155,7 +155,11 @@ function make(tag, options, ...children) {
       }))],
       hooks: {
         setCursor: [(self) => tell(card, self.cursor.idx)],
-        setScale: [(self, key) => { if (key === "x") follow(card, self.scales.x.min, self.scales.x.max); }],
+        setScale: [(self, key) => {
+          if (key !== "x") return;
+          plot.dataset.steps = `${self.scales.x.min} ${self.scales.x.max}`;
+          follow(card, self.scales.x.min, self.scales.x.max);
+        }],
       },
     };
     card.uplot = new uPlot(options, [steps, ...list.map((each) => each.draw)], plot);
