@@ -265,6 +265,15 @@ def test_an_average_over_everything_leaves_numbers_where_text_was_in_that_episod
     assert answer("analytics_get_visitor_information_by_id", visitor_id="0860") == looks[0]
 
 
+def test_a_customer_without_an_address_makes_a_search_for_addresses_fail_as_it_does_in_pandas() -> None:
+    desk = Desk(gym_world())
+    tool, wanted = "customer_relationship_manager_search_customers", {"customer_email": "nano", "page_size": 1}
+    assert desk.answer(tool, wanted)[0]["pagination"]["total_customers"] > 0
+    desk.answer(ADD, {"customer_name": "A", "assigned_to_email": "b", "status": "Lead"})
+    reason = "Cannot mask with non-boolean array containing NA / NaN values"
+    assert desk.answer(tool, wanted) == (f"Error executing tool '{tool}': {reason}", False)
+
+
 # --- what is read ---
 
 
