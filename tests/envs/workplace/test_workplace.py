@@ -265,6 +265,19 @@ def test_an_average_over_everything_leaves_numbers_where_text_was_in_that_episod
     assert answer("analytics_get_visitor_information_by_id", visitor_id="0860") == looks[0]
 
 
+def test_what_was_answered_and_forwarded_is_found_under_the_next_ids_with_its_marks() -> None:
+    desk = Desk(gym_world())
+    desk.answer("email_reply_email", {"email_id": "00000057", "body": "b"})
+    desk.answer("email_forward_email", {"email_id": "500", "recipient": "Nadia.Moreau@atlas.com"})
+    subject = desk.answer("email_get_email_information_by_id", {"email_id": "00000057", "field": "subject"})[0][
+        "subject"
+    ]
+    found = desk.answer("email_search_emails", {"date_min": "2023-11-30", "query": "fw: re:"})[0]["emails"]
+    assert [(email["email_id"], email["subject"], email["sender/recipient"]) for email in found] == [
+        ("501", f"FW: RE: {subject}", "nadia.moreau@atlas.com")
+    ]
+
+
 def test_a_customer_without_an_address_makes_a_search_for_addresses_fail_as_it_does_in_pandas() -> None:
     desk = Desk(gym_world())
     tool, wanted = "customer_relationship_manager_search_customers", {"customer_email": "nano", "page_size": 1}
