@@ -15,6 +15,8 @@ import pytest
 from parts import need_shared_data
 
 from slurmkit.config.data import Data, WorkplaceEnv
+from slurmkit.config.load import load_config
+from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Message, Score, Task, ToolCall
 from slurmkit.envs.workplace.company import make_world
 from slurmkit.envs.workplace.definitions import DEFINITIONS
@@ -156,6 +158,13 @@ BOOK = {"participant_email": "nadia.moreau@atlas.com", "event_start": "2023-12-0
     [
         pytest.param([DELETE, SEND], [SEND, DELETE], 0, 1, id="another order"),
         pytest.param([OTHER, SEND], [SEND, OTHER], 0, 1, id="two of a kind in another order"),
+        pytest.param(
+            [call("calendar_create_event", event_name="x", **BOOK), call("calendar_delete_event", event_id="00000098")],
+            [call("calendar_delete_event", event_id="00000098"), call("calendar_create_event", event_name="x", **BOOK)],
+            1,
+            1,
+            id="another order in the calendar where each new row has the label 0",
+        ),
         pytest.param([SEND, SEND], [SEND], 0, 0, id="twice in place of once"),
         pytest.param([DELETE], [SEND, DELETE], 0, 0, id="half of it"),
         pytest.param([call("no_such_tool"), SEND], [SEND], 1, 1, id="an error on the way"),
@@ -256,6 +265,28 @@ def test_an_average_over_everything_leaves_numbers_where_text_was_in_that_episod
     assert answer("analytics_get_visitor_information_by_id", visitor_id="0860") == looks[0]
 
 
+def test_what_was_answered_and_forwarded_is_found_under_the_next_ids_with_its_marks() -> None:
+    desk = Desk(gym_world())
+    desk.answer("email_reply_email", {"email_id": "00000057", "body": "b"})
+    desk.answer("email_forward_email", {"email_id": "500", "recipient": "Nadia.Moreau@atlas.com"})
+    subject = desk.answer("email_get_email_information_by_id", {"email_id": "00000057", "field": "subject"})[0][
+        "subject"
+    ]
+    found = desk.answer("email_search_emails", {"date_min": "2023-11-30", "query": "fw: re:"})[0]["emails"]
+    assert [(email["email_id"], email["subject"], email["sender/recipient"]) for email in found] == [
+        ("501", f"FW: RE: {subject}", "nadia.moreau@atlas.com")
+    ]
+
+
+def test_a_customer_without_an_address_makes_a_search_for_addresses_fail_as_it_does_in_pandas() -> None:
+    desk = Desk(gym_world())
+    tool, wanted = "customer_relationship_manager_search_customers", {"customer_email": "nano", "page_size": 1}
+    assert desk.answer(tool, wanted)[0]["pagination"]["total_customers"] > 0
+    desk.answer(ADD, {"customer_name": "A", "assigned_to_email": "b", "status": "Lead"})
+    reason = "Cannot mask with non-boolean array containing NA / NaN values"
+    assert desk.answer(tool, wanted) == (f"Error executing tool '{tool}': {reason}", False)
+
+
 # --- what is read ---
 
 
@@ -351,3 +382,15 @@ def test_a_made_up_company_reads_back_as_it_was_written(tmp_path: Path) -> None:
         assert repr(back.tables[name].records()) == repr(table.records())
     assert repr(make_world(4).tables["emails"].records()) != repr(world.tables["emails"].records())
     shutil.rmtree(tmp_path)
+
+
+def test_a_configuration_names_the_workplace_and_must_say_where_its_tasks_are(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("env: {name: workplace}\npolicy: {model_name: some/model}\n")
+    with pytest.raises(UserError, match=r"env\.name workplace reads its tasks: data\.train\.data_path must name"):
+        load_config(path)
+    domain_of(tmp_path / "rows.jsonl", gym_row())
+    sources = [f"data.{name}.data_path={tmp_path / 'rows.jsonl'}" for name in ("train", "validation")]
+    domain = make_domain(load_config(path, sources))
+    assert isinstance(domain, Workplace)
+    assert [len(domain.train_tasks), len(domain.validation_tasks)] == [1, 1]
