@@ -137,6 +137,9 @@ class GymServer:
                 return web.Response(text="<html>Sign in</html>", content_type="text/html")
             case "elsewhere":
                 return web.Response(status=307, headers={"Location": "/add"})
+            case "in a moment":
+                await asyncio.sleep(0.2)
+                return web.json_response(right)
             case "in drops":
                 answer = web.StreamResponse(headers={"Content-Type": "application/json"})
                 await answer.prepare(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,10 @@ def test_a_server_that_fails_breaks_its_episode_and_is_named(
     bad = row(**{point: [fault] * 9})
     seconds = 1 if "within 1 s" in message else 30
     gym = domain(server, tmp_path, bad, seconds=seconds, max_response_bytes=1_000_000, max_retries=1)
+    begun = time.monotonic()
     with pytest.raises(GymError, match=message):
         played(gym, add(7))
+    assert time.monotonic() - begun < seconds + 5
 
 
 def test_ten_megabytes_from_a_tool_are_its_answer(server: GymServer, tmp_path: Path) -> None:
@@ -234,7 +237,7 @@ def test_a_server_that_does_not_answer_holds_up_no_other_episode(server: GymServ
 def test_a_thousand_episodes_at_once_keep_their_sessions_apart_within_the_limit_of_connections(
     server: GymServer, tmp_path: Path
 ) -> None:
-    rows = [row(number, expected=number) for number in range(1, 1025)]
+    rows = [row(number, expected=number, add=["in a moment"]) for number in range(1, 1025)]
     gym = domain(server, tmp_path, *rows, seconds=120, max_connections=256)
 
     async def all_of_them() -> list[Score]:
@@ -243,5 +246,5 @@ def test_a_thousand_episodes_at_once_keep_their_sessions_apart_within_the_limit_
 
     scores = asyncio.run(all_of_them())
     assert scores == [Score(1.0, True)] * 1024
-    assert server.most_in_flight <= 256
+    assert 100 < server.most_in_flight <= 256
     assert GymEnv().max_connections == 1024
