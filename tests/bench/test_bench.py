@@ -56,7 +56,7 @@ def test_fake_data_measures_the_trainer_and_keeps_what_a_later_run_is_compared_w
 
 
 def test_a_turn_of_a_conversation_costs_the_driver_less_than_five_milliseconds_of_processor_time() -> None:
-    settings = {"groups": 8, "generations": 8, "rounds": 1}
+    settings = {"groups": 4, "generations": 4, "rounds": 1}
     found = measured("rollout", settings)
     assert found["settings"] == found["settings"] | settings | {"turns": 6, "tools": 27}
     figures = found["figures"]
