@@ -394,3 +394,13 @@ def test_a_configuration_names_the_workplace_and_must_say_where_its_tasks_are(tm
     domain = make_domain(load_config(path, sources))
     assert isinstance(domain, Workplace)
     assert [len(domain.train_tasks), len(domain.validation_tasks)] == [1, 1]
+
+
+def test_rows_with_other_tools_share_those_that_are_alike(tmp_path: Path) -> None:
+    few = gym_row()
+    many = gym_row()
+    many["responses_create_params"]["tools"] = [DEFINITIONS["email_search_emails"], DEFINITIONS["email_delete_email"]]
+    domain = domain_of(tmp_path / "rows.jsonl", few, many)
+    one, two = (asyncio.run(domain.environment().start(task)).tools for task in domain.train_tasks)
+    assert [tool.name for tool in two] == ["email_search_emails", "email_delete_email"]
+    assert one == two[1:]  # tools are equal to themselves alone
