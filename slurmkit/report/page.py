@@ -114,7 +114,7 @@ def render_page(runs: Sequence[RunFacts], folder: Path) -> str:
         runs=runs,
         figures=[{label: facts for label, *facts in _figures(each)} for each in rows],
         has_figures=any(each.rows for each in rows),
-        notes=[*_unreadable(runs, rows), *(kept.left_out if kept else [])],
+        notes=[*_notes(runs, rows, settings), *(kept.left_out if kept else [])],
         has_samples=bool(data["samples"]),
         settings=settings[0] if one else [],
         differences=[] if one else _differences(settings),
@@ -201,10 +201,13 @@ def _figures(rows: Rows) -> Iterator[tuple[str, str, str]]:
         yield "tokens/s per GPU", f"{sum(speeds) / len(speeds):,.0f}", "mean of all steps"
 
 
-def _unreadable(runs: Sequence[RunFacts], rows: Sequence[Rows]) -> Iterator[str]:
-    for run, each in zip(runs, rows, strict=True):
+def _notes(runs: Sequence[RunFacts], rows: Sequence[Rows], settings: Sequence[Sequence[Setting]]) -> Iterator[str]:
+    """What the page cannot show, and why."""
+    for run, each, known in zip(runs, rows, settings, strict=True):
         if each.num_unreadable:
             yield f"{run.name}: {each.num_unreadable} lines of metrics.jsonl hold no step"
+        if not known:
+            yield f"{run.name} has no settled.json, or none that can be read: its settings are not shown"
 
 
 def _settings(run: Path) -> list[Setting]:

@@ -134,9 +134,10 @@ def _draw_reward(axes: Axes, rows: Rows) -> None:
 
 
 def _draw_lines(axes: Axes, rows: Rows, lines: Sequence[tuple[str, str]]) -> None:
-    for (name, label), colour in zip(lines, (_BLUE, _ORANGE, _GREEN), strict=False):
+    # Dashed over solid, so that one which hides another shows it.
+    for (name, label), colour, dashes in zip(lines, (_BLUE, _ORANGE, _GREEN), ("-", "--", ":"), strict=False):
         if points := rows.points(name):
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=label)
+            axes.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.4, label=label)
     _finish(axes)
 
 
@@ -154,7 +155,7 @@ def _draw_phases(axes: Axes, rows: Rows) -> None:
         axes.stackplot(steps, [each for each, _ in shown.values()], labels=list(shown), colors=colours, linewidth=0)
     axes.set(title="Time per step", ylabel="seconds")
     axes.margins(x=0, y=0.35)  # room above for the legend
-    _finish(axes, num_columns=4)
+    _finish(axes, num_columns=3)
 
 
 def _mark_baseline(axes: Axes, value: float) -> None:
@@ -163,7 +164,7 @@ def _mark_baseline(axes: Axes, value: float) -> None:
 
 def _finish(axes: Axes, num_columns: int = 1) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="best" if num_columns == 1 else "upper center", fontsize="small", ncols=num_columns)

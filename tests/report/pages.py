@@ -21,6 +21,8 @@ HOSTILE = [
     "\u202egnirts\u202c",
     "\ud83d",
     "javascript:document.title='ran'",
+    "</script x",
+    "<!-- <script x",
 ]
 
 

@@ -281,6 +281,7 @@ def test_a_run_that_has_not_begun_has_a_page(browser: Browser, tmp_path: Path) -
     page = write_page([facts_of(tmp_path / "run", attempts=[], state="queued")], tmp_path / "report.html")
     browser.open(page)
     assert "None has begun." in browser.ask("document.body.innerText")
+    assert "run has no settled.json" in browser.ask("document.querySelector('.note').innerText")
     assert browser.problems == []
 
 

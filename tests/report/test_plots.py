@@ -35,13 +35,13 @@ RUN = [
 ]
 
 
-@pytest.fixture
-def panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Axes]]:
+@pytest.fixture(scope="module")
+def panels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Axes]]:
     """The panels of training.png by their titles, as they were drawn."""
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    draw_plots(write(tmp_path, *RUN))
+    with pytest.MonkeyPatch.context() as kept:
+        kept.setattr(pyplot, "close", lambda figure: None)
+        draw_plots(write(tmp_path_factory.mktemp("run"), *RUN))
     yield {axes.get_title(): axes for axes in pyplot.gcf().axes}
-    monkeypatch.undo()
     pyplot.close("all")
 
 

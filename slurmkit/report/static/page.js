@@ -221,6 +221,7 @@ function make(tag, options, ...children) {
   }
 
   function addCard(chart) {
+    if (!single && chart.curves.length && chart.curves[0][1] !== chart.unit) chart.unit = `${chart.curves[0][1]} · ${chart.unit}`;
     const where = make("small", {}, chart.unit);
     const title = make("h3", {}, chart.title, where);
     const chips = make("div", { className: "chips" });
