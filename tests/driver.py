@@ -91,6 +91,33 @@ def last_logged(folder: Path) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else -1
 
 
+@contextmanager
+def two_ray_nodes(folder: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
+    """Ray's address and the raylets of two nodes, the head's first, on this machine."""
+    program = (
+        "from ray.cluster_utils import Cluster\n"
+        "cluster = Cluster(True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
+        "cluster.add_node(num_cpus=1)\n"
+        "print(cluster.address, flush=True)\n"
+        "input()\n"
+    )
+    with (folder / "cluster.log").open("w") as log:
+        cluster = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    assert cluster.stdout is not None
+    address = cluster.stdout.readline().strip()
+    children = psutil.Process(cluster.pid).children(recursive=True)
+    try:
+        yield address, children
+    finally:
+        cluster.kill()
+        cluster.wait()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
 def processes_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     """The driver's Ray, with its actors, in no order."""
     return psutil.Process(driver.pid).children(recursive=True)

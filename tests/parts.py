@@ -57,3 +57,11 @@ def need_slurm() -> None:
     for program in ("slurmctld", "slurmd", "munged", "ip", "unshare"):
         if shutil.which(program) is None:
             missing(f"{program} is not installed (scripts/test installs it as root on Debian)")
+
+
+def need_gpu() -> None:
+    """A GPU, which no machine that builds this project has: these tests skip without one, also under CI=true."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +28,7 @@ from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.generation.engine import Completion, Request
 from slurmkit.generation.pool import EnginePool
+from slurmkit.generation.transfer import WeightTransfer
 from slurmkit.grpo import trainer
 from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
@@ -39,6 +41,7 @@ from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.policy_worker import StepResult
 from slurmkit.grpo.saving import Saver
 from slurmkit.grpo.throughput import Description, Gauge, Shape
+from slurmkit.grpo.turns import Turns
 from slurmkit.rollout.chat import Chat
 
 
@@ -118,8 +121,8 @@ class _Rank:
             case "update":
                 sums = LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0)
                 return StepResult(sums, grad_norm=0.0, lr=0.0, seconds={}, peak_memory_gib=0.0)
-            case "put_weights":
-                return [None, None]
+            case "lay_weights":
+                return {"shared": SimpleNamespace(version=0)}
             case "load":
                 return None
             case "submit":
@@ -222,10 +225,10 @@ async def _run(settings: Settings, folder: Path) -> None:
         policy = Policy(
             fakes,
             [rank.name for rank in fakes],
-            engines_beside=[True] * len(fakes),
             tensor_parallel_size=1,
             micro_batch_tokens=config.policy.micro_batch_tokens,
         )
+        transfer = WeightTransfer(fakes, "here", fakes, ["shared"] * len(fakes), folder=folder)
         checkpoints = Checkpoints(folder, config.checkpointing)
         async with (
             EnginePool(fakes, config.policy.generation.max_batch_size) as pool,
@@ -239,6 +242,7 @@ async def _run(settings: Settings, folder: Path) -> None:
                 "chat": chat,
                 "pool": pool,
                 "policy": policy,
+                "turns": Turns(policy, pool, transfer, are_taken=False),
                 "saver": saver,
                 "log": log,
                 "plots": plots,

@@ -218,6 +218,9 @@ class Generation(Section):
     had for as long, while it finished others, is asked of another; null is cluster.call_timeout_seconds."""
     colocated: Colocated = Colocated()
     """Where engines are."""
+    weight_transfer: Literal["auto", "shared", "broadcast", "ipc", "disk"] = "auto"
+    """How engines get new weights: through memory of their node, a broadcast, memory of the GPU that they share with a
+    policy rank, or a file in the run directory; auto is the fastest that there is."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
 

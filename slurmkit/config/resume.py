@@ -26,6 +26,7 @@ MAY_DIFFER = frozenset(
             "policy.generation.max_restarts",
             "policy.generation.stall_timeout_seconds",
             "policy.generation.colocated",
+            "policy.generation.weight_transfer",
             "policy.generation.vllm_cfg",
             "env.timeout_seconds",
             "env.math.num_workers",

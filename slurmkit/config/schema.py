@@ -147,6 +147,26 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_have_a_way(self) -> Self:
+        generation, gpus = self.policy.generation, self.cluster.gpus_per_node
+        way, is_shared = generation.weight_transfer, generation.colocated.enabled
+        problem = ""
+        if way == "shared" and self.cluster.num_nodes > 1:
+            problem = f"is for engines on the policy's own node, of cluster.num_nodes {self.cluster.num_nodes}"
+        elif way == "broadcast" and gpus and is_shared:
+            problem = "is between GPUs, and policy.generation.colocated.enabled true has engines on the policy's own"
+        elif way == "ipc" and not (gpus and is_shared):
+            problem = (
+                f"needs GPUs that policy and engines share, and cluster.gpus_per_node is {gpus}, "
+                f"policy.generation.colocated.enabled {str(is_shared).lower()}"
+            )
+        elif way == "ipc" and self.policy.dtensor_cfg.lora_cfg.enabled:
+            problem = "is from GPU to GPU, and policy.dtensor_cfg.lora_cfg.enabled true merges adapters on the CPU"
+        if problem:
+            raise ValueError(f"policy.generation.weight_transfer {way} {problem}: use auto or disk")
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         samples = self.grpo.num_prompts_per_step * self.grpo.num_generations_per_prompt
         batch, ranks = self.policy.train_global_batch_size, self.num_data_parallel_ranks
@@ -276,6 +296,24 @@ class TrainConfig(Section):
         """Whether there is any validation in the run."""
         judged = self.checkpointing.enabled and (self.checkpointing.metric_name or "").startswith("val:")
         return judged or self.grpo.val_period > 0 or self.grpo.val_at_start or self.grpo.val_at_end
+
+    def weight_way(self, *, is_beside: bool) -> Literal["shared", "broadcast", "ipc", "disk"]:
+        """How an engine gets weights, which may be beside the policy's first rank, on its node."""
+        generation = self.policy.generation
+        if generation.weight_transfer != "auto":
+            return generation.weight_transfer
+        if not (self.cluster.gpus_per_node and generation.colocated.enabled):
+            return "broadcast" if self.cluster.gpus_per_node or not is_beside else "shared"
+        if self.policy.dtensor_cfg.lora_cfg.enabled:  # merged on the first rank, in the CPU's memory
+            return "shared" if is_beside else "disk"
+        return "ipc"
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines sleep while the policy trains on their GPUs, and the policy rests while they sample."""
+        generation = self.policy.generation
+        is_shared = generation.colocated.enabled and self.cluster.gpus_per_node > 0
+        return is_shared and generation.backend == "vllm" and not self.grpo.max_age
 
     @property
     def num_policy_nodes(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy
 from numpy.typing import NDArray
 
-from slurmkit.generation.weights import SharedWeights, Weights
+from slurmkit.generation.weights import SavedWeights, SharedWeights, StreamedWeights, Weights
 
 FinishReason = Literal["stop", "length", "prompt_too_long"]
 
@@ -99,6 +99,12 @@ class Engine(Protocol):
         """Forget requests that nobody waits for any more, as far as they are not finished; a `collect` that waits for
         them returns. What has been begun may be finished where there is no way to stop it, and is collected then."""
 
-    def load(self, weights: Weights | SharedWeights) -> None:
+    def connect(self, way: str, address: str, port: int, first_rank: int, size: int, timeout_seconds: float) -> None:
+        """Join a channel (`generation/channels.py`) on which weights will come, with as many ranks as there are
+        processes, the first of which is `first_rank`. The one before is left."""
+
+    def load(self, weights: Weights | SharedWeights | SavedWeights | StreamedWeights) -> list[str]:
         """Take over new weights. What is under way is finished with the old ones first, or, in an engine that was made
-        so, goes on with the new ones. ValueError where they are not this model's; then nothing has changed."""
+        so, goes on with the new ones. ValueError where they are not this model's; then nothing has changed.
+
+        Gives the digest of what each process has been sent, where streamed weights ask for it."""

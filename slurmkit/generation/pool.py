@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import Actor, together
 from slurmkit.generation.engine import Completion, Request, SamplingParams
+from slurmkit.generation.transfer import PolicyLost, WeightTransfer
 
 _ALIVE_SECONDS = 2.0
 _MAX_TRIES = 3
@@ -45,6 +47,8 @@ class _Slot:
     worker: asyncio.Task[None] | None = None
     busy_since: float | None = None
     aborting: list[int] = field(default_factory=list)
+    is_ahead: bool = False
+    """Started again when the policy had gone on: it has weights that nobody samples with yet."""
 
 
 class EnginePool:
@@ -85,7 +89,7 @@ class EnginePool:
         self._tickets = count()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loaded: Sequence[object] | None = None
+        self._transfer: WeightTransfer | None = None
         self._lies_still = asyncio.Event()
         self._lies_still.set()
         self._busy_seconds = 0.0
@@ -116,7 +120,7 @@ class EnginePool:
 
     async def start(self) -> None:
         """Wait until all engines are there. Failure where one cannot be made."""
-        await together(*(self._call(slot, "start") for slot in self._slots))
+        await self._all("start")
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """One completion. Failure where an engine raised; NodeFailure where one died, once too often."""
@@ -157,26 +161,51 @@ class EnginePool:
         except Exception as error:
             self._fail(slot, restarts, error)
 
-    async def load(self, make: Callable[[], Awaitable[Sequence[object]]]) -> None:
-        """Give each engine its new weights: a Ray reference, as the driver never fetches them.
-
-        `make` makes them in the place of the last ones, so first whoever is still reading those ends.
-        """
+    async def load(self, transfer: WeightTransfer) -> None:
+        """Bring all engines the policy's weights, in the place of the last ones: first whoever is still reading those
+        ends."""
         while restarting := [slot.restarting for slot in self._slots if slot.restarting is not None]:
             await asyncio.gather(*restarting)
         self._lies_still.clear()
         try:
-            self._loaded = await make()
+            await transfer.prepare()
+            self._transfer = transfer
         finally:
             self._lies_still.set()
-        await together(*(self._call(slot, "load", self._loaded[slot.number]) for slot in self._slots))
+        await together(*(self._deliver(transfer, party) for party in transfer.parties()))
+        self._changed.set()
 
-    async def _call(self, slot: _Slot, method: str, *arguments: object) -> None:
-        """Call an engine; where it dies, the one that takes its place has done as much once it is there."""
+    async def sleep(self) -> None:
+        """Have all engines give up their GPUs' memory, once what they have is finished."""
+        await self._all("sleep")
+
+    async def wake(self, what: str) -> None:
+        """Have a part of it back: `weights`, then `kv_cache`, after which they sample again."""
+        await self._all("wake", what)
+
+    async def _all(self, method: str, *arguments: str) -> None:
+        calls = (partial(slot.engine.call, method, *arguments) for slot in self._slots)
+        await together(*map(self._or_restart, self._slots, calls))
+
+    async def _deliver(self, transfer: WeightTransfer, party: Sequence[int]) -> None:
+        slots = [self._slots[number] for number in party]
+
+        async def send() -> None:
+            await transfer.send(party)
+            for slot in slots:
+                slot.is_ahead = False
+
+        # Of several that are served together it is not known who has got how far.
+        await (self._or_restart(slots[0], send) if len(slots) == 1 else send())
+
+    async def _or_restart(self, slot: _Slot, do: Callable[[], Awaitable[object]]) -> None:
+        """Where the engine dies of it, the one that takes its place has done as much once it is there."""
         if slot.restarting is not None:
             await slot.restarting
         try:
-            await slot.engine.call(method, *arguments)
+            await do()
+        except PolicyLost:
+            raise
         except NodeFailure as error:
             self._fail(slot, slot.restarts, error)
             if slot.restarting is not None:
@@ -193,7 +222,7 @@ class EnginePool:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            there = [slot for slot in self._slots if slot.restarting is None]
+            there = [slot for slot in self._slots if slot.restarting is None and not slot.is_ahead]
             free = [slot for slot in there if slot.worker is None or self._continuous]
             # The busiest first: what it has too much of, the others have to have less of.
             free.sort(key=lambda slot: len(slot.in_flight), reverse=True)
@@ -307,8 +336,8 @@ class EnginePool:
                 slot.engine.restart()
                 await self._lies_still.wait()
                 await slot.engine.call_while_placed("start", every=_ALIVE_SECONDS)
-                if self._loaded is not None:
-                    await slot.engine.call_while_placed("load", self._loaded[slot.number], every=_ALIVE_SECONDS)
+                if self._transfer is not None:
+                    slot.is_ahead = not await self._transfer.send([slot.number])
             except NodeFailure as another:
                 error = another
             except Exception as other:

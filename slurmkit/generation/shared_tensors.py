@@ -24,6 +24,22 @@ class Entry(NamedTuple):
     offset: int
     """Bytes from the start."""
 
+    @property
+    def num_bytes(self) -> int:
+        """That the tensor itself takes."""
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return torch.Size(self.shape).numel() * itemsize
+
+
+def lay_out(tensors: Mapping[str, torch.Tensor], precision: torch.dtype | None = None) -> list[Entry]:
+    """A place for each tensor, one after the other: real numbers in `precision`, where it is given."""
+    table, offset = list[Entry](), 0
+    for name, tensor in tensors.items():
+        dtype = precision if precision is not None and tensor.is_floating_point() else tensor.dtype
+        table.append(Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), offset))
+        offset += -(-table[-1].num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return table
+
 
 class SharedTensors:
     """The side that writes. Later tensors take the place of earlier ones, in the same memory where that is enough."""
@@ -39,11 +55,8 @@ class SharedTensors:
 
     def write(self, tensors: Mapping[str, torch.Tensor], precision: torch.dtype | None = None) -> list[Entry]:
         """Copy the tensors, those of real numbers in `precision` where it is given, and tell where each lies."""
-        table, size = [], 0
-        for name, tensor in tensors.items():
-            dtype = precision if precision is not None and tensor.is_floating_point() else tensor.dtype
-            table.append(Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), size))
-            size += -(-tensor.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        table = lay_out(tensors, precision)
+        size = table[-1].offset + table[-1].num_bytes
         if self._memory is None or len(self._memory) < size:
             os.ftruncate(self._file, size)
             self._memory = mmap.mmap(self._file, size)

@@ -16,9 +16,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from slurmkit.generation.channels import Channel, connect, digested, receive
 from slurmkit.generation.engine import Completion, FinishReason, Request, SamplingParams, completion_of
 from slurmkit.generation.machine import use_gpus
-from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest, digest
+from slurmkit.generation.weights import (
+    SavedWeights,
+    SharedWeights,
+    StreamedWeights,
+    Weights,
+    check_digest,
+    check_manifest,
+    digest,
+)
 
 
 @dataclass(slots=True)
@@ -69,6 +78,7 @@ class TorchEngine:
         self._device = device
         self._version = weight_version
         self._submitted: dict[int, Request] = {}
+        self._channel: Channel
 
     def start(self) -> None:
         """There since it was made."""
@@ -84,14 +94,29 @@ class TorchEngine:
         for ticket in tickets:
             self._submitted.pop(ticket, None)
 
-    def load(self, weights: Weights | SharedWeights) -> None:
-        state, weights = self._model.state_dict(), weights.opened()
-        check_manifest(state, weights.tensors)
-        if weights.digest is not None:
-            check_digest(weights, digest(weights.tensors))
-        for name, tensor in weights.tensors.items():
+    def connect(self, way: str, address: str, port: int, first_rank: int, size: int, timeout_seconds: float) -> None:
+        device = self._model.device
+        self._channel = connect(
+            way, address, port, rank=first_rank, size=size, device=device, timeout_seconds=timeout_seconds
+        )
+
+    def load(self, weights: Weights | SharedWeights | SavedWeights | StreamedWeights) -> list[str]:
+        state, digests = self._model.state_dict(), list[str]()
+        if isinstance(weights, StreamedWeights):
+            check_manifest(state, {entry.name: entry for entry in weights.table})
+            tensors = receive(self._channel, weights.table)
+            if weights.wants_digest:
+                tensors = digested(tensors, digests)
+        else:
+            weights = weights.opened()
+            check_manifest(state, weights.tensors)
+            if weights.digest is not None:
+                check_digest(weights, digest(weights.tensors))
+            tensors = iter(weights.tensors.items())
+        for name, tensor in tensors:
             state[name].copy_(tensor)
         self._version = weights.version
+        return digests
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in the same order."""

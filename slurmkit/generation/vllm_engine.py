@@ -20,7 +20,14 @@ from slurmkit.generation.http_server import Serving, serve
 from slurmkit.generation.machine import use_gpus, use_interface_of
 from slurmkit.generation.nameless import remove_names
 from slurmkit.generation.shared_tensors import SharedTensors
-from slurmkit.generation.weights import SharedWeights, Weights, check_digest, check_manifest
+from slurmkit.generation.weights import (
+    SavedWeights,
+    SharedWeights,
+    StreamedWeights,
+    Weights,
+    check_digest,
+    check_manifest,
+)
 
 _CPU_KV_CACHE_BYTES = 256 << 20
 
@@ -44,13 +51,15 @@ class VllmEngine:
         temporary: str | None = None,
         settings: VllmCfg | None = None,
         in_flight_weight_updates: bool = False,
+        sleeps: bool = False,
         serving: Serving | None = None,
     ) -> None:
         """Start vLLM with the model of a folder. `max_total_length` counts prompt and completion, in tokens.
 
         `gpus` are those to use, as CUDA_VISIBLE_DEVICES names them, `address` is the node's own, `temporary` a folder
         that somebody removes. With `in_flight_weight_updates`, what is under way goes on with new weights; with
-        `serving`, it is asked over HTTP as well. ValueError where vLLM cannot run the model on this device.
+        `sleeps`, the GPU's memory can be given up for a while; with `serving`, it is asked over HTTP as well.
+        ValueError where vLLM cannot run the model on this device.
         """
         settings = settings or VllmCfg()
         use_gpus(gpus)
@@ -79,6 +88,7 @@ class VllmEngine:
                     "generation_config": "vllm",
                     "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
                     "distributed_executor_backend": "mp",
+                    "enable_sleep_mode": sleeps,
                     "tensor_parallel_size": settings.tensor_parallel_size,
                     "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
                     "kv_cache_memory_bytes": settings.kv_cache_memory_bytes
@@ -118,6 +128,7 @@ class VllmEngine:
         self._sampling: set[asyncio.Future[None]] = set()
         self._may_begin = asyncio.Event()
         self._may_begin.set()
+        self._is_asleep = False
 
     async def start(self) -> None:
         if self._serving is not None:
@@ -148,18 +159,33 @@ class VllmEngine:
                 task.cancel()  # on which AsyncLLM aborts its request
         self._changed.set()
 
-    async def load(self, weights: Weights | SharedWeights) -> None:
+    async def connect(
+        self, way: str, address: str, port: int, first_rank: int, size: int, timeout_seconds: float
+    ) -> None:
+        told = (way, address, port, first_rank, size, timeout_seconds)
+        try:
+            await self._llm.collective_rpc("slurmkit_connect", args=told)
+        except Exception as error:
+            raise _named(error) from error
+
+    async def load(self, weights: Weights | SharedWeights | SavedWeights | StreamedWeights) -> list[str]:
         if isinstance(weights, Weights):
             check_manifest(self._manifest, weights.tensors)
             table = self._shared.write(weights.tensors)
             weights = SharedWeights(weights.version, self._shared.path, table, weights.digest)
         else:
             check_manifest(self._manifest, {entry.name: entry for entry in weights.table})
-        told = (weights.path, weights.table, weights.digest is not None)
+        told: tuple[Any, ...]
+        if isinstance(weights, StreamedWeights):
+            told = ("streamed", "", weights.table, weights.wants_digest)
+        else:
+            way = "shared" if isinstance(weights, SharedWeights) else "saved"
+            told = (way, weights.path, weights.table, weights.digest is not None)
         try:
             async with self._nothing_sampled():
-                for arrived in await self._llm.collective_rpc("slurmkit_load", args=told):
-                    if arrived is not None:
+                digests = [each for each in await self._llm.collective_rpc("slurmkit_load", args=told) if each]
+                if not isinstance(weights, StreamedWeights):
+                    for arrived in digests:
                         check_digest(weights, arrived)
                 # What it holds was computed with the old weights.
                 await self._llm.reset_prefix_cache()
@@ -168,10 +194,26 @@ class VllmEngine:
             if (named := _named(error)) is error:
                 raise
             raise named from error
+        return digests
+
+    async def sleep(self) -> None:
+        """Give up the GPU's memory: weights go to the CPU's, the cache is forgotten. Requests have to wait."""
+        self._may_begin.clear()
+        self._is_asleep = True
+        await self._llm.sleep(level=1, mode="wait")
+
+    async def wake(self, what: str) -> None:
+        """Have a part of the memory back, `weights` or `kv_cache`, with which requests go on."""
+        if await self._llm.wake_up([what]):
+            self._is_asleep = False
+            self._may_begin.set()
 
     @asynccontextmanager
     async def _nothing_sampled(self) -> AsyncIterator[None]:
         """What is under way is finished, or with in-flight updates halted, before this begins; the rest waits."""
+        if self._is_asleep:
+            yield  # to resume would be to sample without a cache
+            return
         self._may_begin.clear()
         # Of what comes over HTTP, vLLM alone knows.
         is_halted = self._serving is not None or (self._in_flight and bool(self._sampling))

@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 
 from slurmkit.generation.shared_tensors import Entry, read
+
+Way = Literal["shared", "broadcast", "ipc", "disk"]
+"""From policy to engine: memory of their node, a process group's broadcast, memory of their GPU, or a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,30 @@ class SharedWeights:
         return Weights(self.version, dict(read(self.path, self.table)), self.digest)
 
 
+@dataclass(frozen=True, slots=True)
+class SavedWeights:
+    """Weights in a safetensors file that engine and policy see, until the next ones are there."""
+
+    version: int
+    path: str
+    table: Sequence[Entry]
+    digest: str | None = None
+
+    def opened(self) -> Weights:
+        """Their tensors, mapped from the file."""
+        return Weights(self.version, load_file(self.path), self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedWeights:
+    """Weights that come over the channel to which the engine is connected."""
+
+    version: int
+    table: Sequence[Entry]
+    wants_digest: bool = False
+    """Whether an engine's `load` is to say which digest what came has, in the table's order."""
+
+
 def check_manifest(held: Mapping[str, torch.Tensor], offered: Mapping[str, torch.Tensor | Entry]) -> None:
     """Compare names and shapes of what an engine holds with what it is offered. ValueError lists the differences."""
     problems = [f"{name} is missing" for name in held.keys() - offered.keys()]
@@ -62,7 +91,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def check_digest(weights: Weights | SharedWeights, arrived: str) -> None:
+def check_digest(weights: Weights | SharedWeights | SavedWeights, arrived: str) -> None:
     """ValueError where what arrived is not what was sent."""
     if weights.digest is not None and weights.digest != arrived:
         raise ValueError(

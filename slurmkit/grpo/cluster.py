@@ -22,6 +22,7 @@ from slurmkit.errors import NodeFailure, UserError
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.http_server import Serving, make_api_key
 from slurmkit.generation.torch_engine import TorchEngine
+from slurmkit.generation.transfer import WeightTransfer
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.grpo.interrupt import SIGNALS
 from slurmkit.grpo.placement import is_alive, reserve
@@ -130,8 +131,8 @@ def serving_folder(config: TrainConfig, run_directory: Path) -> Iterator[Path | 
 
 def start_actors(
     config: TrainConfig, model_path: Path, weight_version: int, temporary: Path, serving: Path | None = None
-) -> tuple[Policy, list[Actor]]:
-    """Policy ranks and engines on all nodes, both ordered by (node, device).
+) -> tuple[Policy, list[Actor], WeightTransfer]:
+    """Policy ranks and engines on all nodes, both ordered by (node, device), and the way of weights between them.
 
     `temporary` is what `ray_connection` gave, `serving` what `serving_folder` did. Failure where Ray has no room for
     them, UserError where vLLM is asked for and not installed.
@@ -163,6 +164,7 @@ def start_actors(
         if generation.backend == "vllm":
             kind = VllmEngine
             own = {"address": seat.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
+            own["sleeps"] = config.takes_turns
             own["in_flight_weight_updates"] = config.grpo.updates_in_flight
             own["serving"] = serving and Serving(serving, f"engine_{number}")
         make = partial(
@@ -183,8 +185,16 @@ def start_actors(
     policy = Policy(
         ranks,
         [seat.address for seat in layout.policy],
-        engines_beside=[seats[0].node_id == layout.policy[0].node_id for seats in layout.engines],
         tensor_parallel_size=config.policy.dtensor_cfg.tensor_parallel_size,
         micro_batch_tokens=config.policy.micro_batch_tokens,
     )
-    return policy, engines
+    first = layout.policy[0]
+    transfer = WeightTransfer(
+        ranks,
+        first.address,
+        engines,
+        [config.weight_way(is_beside=seats[0].node_id == first.node_id) for seats in layout.engines],
+        processes=generation.vllm_cfg.tensor_parallel_size,
+        folder=Path(config.checkpointing.checkpoint_dir).absolute() / "weights",
+    )
+    return policy, engines, transfer

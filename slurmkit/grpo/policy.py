@@ -28,14 +28,12 @@ class Policy:
         ranks: Sequence[Actor],
         addresses: Sequence[str],
         *,
-        engines_beside: Sequence[bool],
         tensor_parallel_size: int,
         micro_batch_tokens: int,
     ) -> None:
-        """`ranks` in order; `addresses` of their nodes; which engines are on the first rank's node."""
+        """`ranks` in order; `addresses` of their nodes."""
         self._ranks = ranks
         self._addresses = addresses
-        self._engines_beside = engines_beside
         self._tensor_parallel_size = tensor_parallel_size
         self._micro_batch_tokens = micro_batch_tokens
 
@@ -83,12 +81,13 @@ class Policy:
         description: Description = await self._ranks[0].call("describe")
         return description
 
-    async def put_weights(self) -> list[Any]:
-        """For each engine, a Ray reference to the whole model; the driver never holds it."""
-        is_elsewhere = not all(self._engines_beside)
-        references = await together(*(rank.call("put_weights", is_elsewhere) for rank in self._ranks))
-        here, elsewhere = references[0]
-        return [here if beside else elsewhere for beside in self._engines_beside]
+    async def rest(self) -> None:
+        """Give the GPUs' memory to others until `wake`; see `PolicyWorker.rest`."""
+        await self._all("rest")
+
+    async def wake(self) -> None:
+        """Have it again."""
+        await self._all("wake")
 
     async def save(self, folder: Path) -> None:
         """Copy model, adapters and optimiser, and begin to write them under `folder`, which rank 0's node must see."""

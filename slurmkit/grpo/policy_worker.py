@@ -5,8 +5,9 @@ Shapes: T positions of packed sequences.
 
 from __future__ import annotations
 
+import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy
-import ray
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,12 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from slurmkit.config.schema import TrainConfig
+from slurmkit.generation.channels import Channel, connect, send
 from slurmkit.generation.machine import use_gpus, use_interface_of
-from slurmkit.generation.shared_tensors import SharedTensors
-from slurmkit.generation.weights import SharedWeights, Weights, digest
+from slurmkit.generation.shared_tensors import Entry, SharedTensors, lay_out
+from slurmkit.generation.weights import SavedWeights, SharedWeights, StreamedWeights, Way, Weights, digest
 from slurmkit.grpo.batch import MicroBatch
 from slurmkit.grpo.causal_lm import add_adapters, blank_model, whole_model
 from slurmkit.grpo.loss import policy_loss
@@ -80,6 +83,8 @@ class PolicyWorker:
         self._writer = Writer()
         self._shared = SharedTensors()
         self._has_told_digest = False
+        self._channels: dict[Way, Channel | None] = {}
+        self._precision: torch.dtype = getattr(torch, config.policy.precision)
 
     def open_store(self, address: str) -> int:
         """On rank 0: listen at `address` for the other ranks; the port, which the system chooses."""
@@ -240,29 +245,116 @@ class PolicyWorker:
     def _merged(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return state if self._adapters is None else self._adapters.merged(state)
 
-    def put_weights(self, elsewhere: bool) -> list[Any]:
-        """Gather the whole model, in the engines' precision: on rank 0, references to it, for engines on its node and,
-        if there are any, `elsewhere`.
+    def lay_weights(self, ways: Sequence[Way], folder: str) -> dict[Way, Any] | None:
+        """On rank 0, for each of these ways of theirs, what engines are told of the weights as they are now: that they
+        lie in shared memory, in a file of `folder`, or will be streamed (see `stream_weights`). None on other ranks."""
+        found: dict[Way, Any] = {}
+        if "shared" in ways:
+            found["shared"] = self.share_weights()
+        if "disk" in ways:
+            found["disk"] = self._save_weights(Path(folder))
+        if self._rank:
+            return None
+        if streamed := {"broadcast", "ipc"} & {*ways}:
+            state = self._skeleton.state_dict() if self._adapters is not None else self._causal_lm.state_dict()
+            told = StreamedWeights(self._version, lay_out(state, self._precision), not self._has_told_digest)
+            self._has_told_digest = True
+            found |= dict.fromkeys(streamed, told)  # type: ignore[arg-type]
+        return found
 
-        Here it lies in shared memory, until the next call; for other nodes Ray's object store has a copy. A list, as
-        Ray would fetch a bare reference.
-        """
-        shared = self.share_weights()
-        if shared is None:
-            return []
-        return [ray.put(shared), ray.put(shared.opened()) if elsewhere else None]
+    def open_channel(self, address: str) -> int:
+        """On rank 0: the port at `address` where both ends of a channel meet, which takes the place of the last."""
+        self._meeting = self._connect(address, port=0)
+        return int(self._meeting.port)
 
-    def share_weights(self) -> SharedWeights | None:
-        """What `put_weights` does on rank 0's node; None on other ranks."""
+    def connect(self, way: Way, address: str, port: int, size: int) -> None:
+        """Join a channel to engines: each rank one to the same GPU's, or rank 0 a broadcast to all."""
+        self._channels[way] = None
+        if way == "ipc" or self._rank == 0:
+            self._channels[way] = connect(
+                way,
+                address,
+                port,
+                rank=0,
+                size=size,
+                device=self._device,
+                timeout_seconds=self._timeout.total_seconds(),
+            )
+
+    def stream_weights(self, way: Way, table: Sequence[Entry]) -> tuple[int, str]:
+        """Send the weights as they are now over the channel; their version, and the digest of what was sent."""
+        digest = send(self._channels[way], table, self._stream(), self._device)
+        return self._version, digest
+
+    @torch.no_grad()
+    def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensor by tensor, each gathered on every rank's device as it comes. Adapters are merged on rank 0, alone."""
+        if self._adapters is not None:
+            weights = self.gather_weights()
+            yield from () if weights is None else weights.tensors.items()
+            return
+        for name, tensor in self._causal_lm.state_dict().items():
+            part = tensor.to(self._device, self._precision if tensor.is_floating_point() else None)
+            yield name, part.full_tensor() if isinstance(part, DTensor) else part
+
+    def _save_weights(self, folder: Path) -> SavedWeights | None:
         weights = self.gather_weights()
         if weights is None:
             return None
-        table = self._shared.write(weights.tensors, getattr(torch, self._config.policy.precision))
-        shared = SharedWeights(weights.version, self._shared.path, table)
+        folder.mkdir(exist_ok=True)
+        # Of their own, as the file has no room for two names of the same memory.
+        table = lay_out(weights.tensors, self._precision)
+        tensors = {
+            entry.name: weights.tensors[entry.name].to(getattr(torch, entry.dtype), copy=True).contiguous()
+            for entry in table
+        }
+        path = folder / f"version_{weights.version}.safetensors"
+        beside = path.with_suffix(".unfinished")
+        save_file(tensors, beside)
+        os.replace(beside, path)
+        for old in {*folder.glob("version_*.safetensors")} - {path}:
+            old.unlink()
+        return SavedWeights(weights.version, str(path), table, self._digest_once(tensors))
+
+    def _digest_once(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Once is enough to know that nothing changes on the way."""
         if self._has_told_digest:
-            return shared
-        self._has_told_digest = True  # once is enough to know that nothing changes on the way
-        return replace(shared, digest=digest(shared.opened().tensors))
+            return None
+        self._has_told_digest = True
+        return digest(tensors)
+
+    def share_weights(self) -> SharedWeights | None:
+        """The whole model, in the engines' precision, in memory of rank 0's node, until the next call; None on other
+        ranks."""
+        weights = self.gather_weights()
+        if weights is None:
+            return None
+        table = self._shared.write(weights.tensors, self._precision)
+        shared = SharedWeights(weights.version, self._shared.path, table)
+        return replace(shared, digest=self._digest_once(shared.opened().tensors))
+
+    def rest(self) -> None:
+        """Keep weights and optimiser in the CPU's memory until `wake`. What is gathered meanwhile is gathered there."""
+        self._move("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Have all on the device again."""
+        self._move(self._device)
+
+    @torch.no_grad()
+    def _move(self, device: torch.device | str) -> None:
+        if self._config.policy.dtensor_cfg.cpu_offload:
+            return  # between their uses they are there in any case
+        for model in (self._model, self._reference):
+            if model is not None:
+                model.to(device)
+        for state in self._optimizer.state.values():
+            for name, value in state.items():
+                # A count of steps lies where the optimiser wants it.
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    state[name] = value.to(device)
 
     def save(self, folder: str) -> None:
         """Copy the whole state to rank 0's memory, whose thread then writes `model/`, `adapter/` if there are any and

@@ -37,6 +37,7 @@ from slurmkit.grpo.sample_files import write_samples
 from slurmkit.grpo.saving import Saver
 from slurmkit.grpo.selection import NothingToLearn, without_truncated
 from slurmkit.grpo.throughput import Gauge
+from slurmkit.grpo.turns import Turns
 from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
@@ -106,7 +107,7 @@ async def train(
     async with AsyncExitStack() as stack:
         temporary = stack.enter_context(ray_connection())
         serving = stack.enter_context(serving_folder(config, run_directory))
-        policy, engines = start_actors(config, model_path, state.updates, temporary, serving)
+        policy, engines, transfer = start_actors(config, model_path, state.updates, temporary, serving)
         interrupts.attend()
         generation = config.policy.generation
         sharing = EnginePool(
@@ -121,7 +122,9 @@ async def train(
         )
         pool = await stack.enter_async_context(sharing)
         starting = together(policy.start(model_path, starting_path, checkpoint, state.updates), pool.start())
+        turns = Turns(policy, pool, transfer, config.takes_turns)
         await guarded(interrupts.unless(starting), watch_ray())
+        await turns.begin()
         is_own = checkpoint is not None and checkpoint.parent == run_directory
         resume_after = state.step if is_own else None
         log = stack.enter_context(RunLog(run_directory, config, last_step=last_step, resume_after=resume_after))
@@ -130,7 +133,7 @@ async def train(
         saver = await stack.enter_async_context(saving)
         gauge = Gauge(config, await policy.describe())
         trainer = Trainer(
-            config, domain, order, chat, pool, policy, saver, log, plots, gauge, interrupts, last_step, state
+            config, domain, order, chat, pool, policy, turns, saver, log, plots, gauge, interrupts, last_step, state
         )
         await guarded(trainer.run(), watch_ray())
 
@@ -145,6 +148,7 @@ class Trainer:
     chat: Chat
     pool: EnginePool
     policy: Policy
+    turns: Turns
     saver: Saver
     log: RunLog
     plots: Plots
@@ -207,6 +211,7 @@ class Trainer:
                     say(f"step {step}: {remark}")
                 groups = [shaped_group(group, self.config.grpo) for group in selection.kept]
                 samples = make_samples(groups)
+                await self.turns.of_policy()
                 if self.config.loss_fn.needs_prev_logprobs or self.config.loss_fn.needs_reference_logprobs:
                     with timed(metrics, "time:logprobs"):
                         samples = await self.interrupts.unless(self.score(samples))
@@ -227,6 +232,8 @@ class Trainer:
                         metrics |= await self.update(updates, step)
                     with timed(metrics, "time:weights"):
                         is_leaving = not await self.give_weights()
+                else:
+                    await self.turns.of_engines(have_changed=False)
                 metrics |= {"train:engine_restarts": float(self.pool.restarts), **self.saver.check()}
                 is_last = self.is_last(step, rollouts)
                 saving = self.due_to_save(step, is_last) and not is_leaving
@@ -323,7 +330,7 @@ class Trainer:
         False where the run was asked to leave meanwhile: in asynchronous training, completions under way may have to
         be finished first, which can take as long as there is left to save everything.
         """
-        loading = self.pool.load(self.policy.put_weights)
+        loading = self.turns.of_engines()
         if not self.config.grpo.max_age:
             await loading
             return True

@@ -69,6 +69,52 @@ def test_engines_apart_have_nodes_or_gpus_of_their_own_and_the_policy_the_others
     assert found.num_ranks == expected[0] * expected[1]
 
 
+@pytest.mark.parametrize(
+    ("way", "cluster", "generation", "expected"),
+    [
+        ("auto", {"gpus_per_node": 0, "num_nodes": 2}, {}, ("shared", "broadcast")),
+        ("auto", {"gpus_per_node": 4}, {}, ("ipc", "ipc")),
+        ("auto", {"gpus_per_node": 4}, {"apart": {"gpus_per_node": 2}}, ("broadcast", "broadcast")),
+        ("auto", {"gpus_per_node": 4, "num_nodes": 2}, {"apart": {"num_nodes": 1}}, ("broadcast", "broadcast")),
+        ("auto", {"gpus_per_node": 4, "num_nodes": 2}, {"lora": True}, ("shared", "disk")),
+        ("disk", {"gpus_per_node": 0, "num_nodes": 2}, {}, ("disk", "disk")),
+        (
+            "shared",
+            {"gpus_per_node": 0, "num_nodes": 2},
+            {},
+            "shared is for engines on the policy's own node, of .* 2:",
+        ),
+        ("broadcast", {"gpus_per_node": 4}, {}, "broadcast is between GPUs, and .*colocated.enabled true has engines"),
+        (
+            "ipc",
+            {"gpus_per_node": 0},
+            {},
+            "ipc needs GPUs that .* cluster.gpus_per_node is 0, .*enabled true: use auto",
+        ),
+        ("ipc", {"gpus_per_node": 4}, {"apart": {"gpus_per_node": 2}}, "ipc needs GPUs that .*colocated.enabled false"),
+        ("ipc", {"gpus_per_node": 4}, {"lora": True}, "ipc is from GPU to GPU, and .*lora_cfg.enabled true merges"),
+    ],
+)
+def test_weights_have_a_way_that_there_is_to_engines_beside_the_first_rank_and_to_others(
+    tmp_path: Path, way: str, cluster: dict[str, int], generation: dict[str, Any], expected: Any
+) -> None:
+    asked: dict[str, Any] = {"weight_transfer": way}
+    if "apart" in generation:
+        asked["colocated"] = {"enabled": False, "resources": generation["apart"]}
+    policy = {"from_scratch": {}, "train_global_batch_size": 16, "generation": asked}
+    policy |= {"dtensor_cfg": {"lora_cfg": {"enabled": True}}} if "lora" in generation else {}
+
+    def ways() -> tuple[str, str]:
+        config = tiny_config(tmp_path, grpo={"num_prompts_per_step": 8}, policy=policy, cluster=cluster)
+        return config.weight_way(is_beside=True), config.weight_way(is_beside=False)
+
+    if isinstance(expected, str):
+        with pytest.raises(ValidationError, match=expected):
+            ways()
+    else:
+        assert ways() == expected
+
+
 def test_an_engine_spans_gpus_of_one_node(tmp_path: Path) -> None:
     def made(size: int, backend: str = "vllm", **colocated: Any) -> TrainConfig:
         generation = {"backend": backend, "vllm_cfg": {"tensor_parallel_size": size}, "colocated": colocated}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -175,7 +176,7 @@ def test_what_an_engine_that_died_had_to_do_is_done_by_others_and_by_the_one_tha
     async def work() -> tuple[list[Completion], int]:
         pool = EnginePool([mortal, other], 4, max_restarts=2, say=said.append)  # type: ignore[list-item]
         async with pool:
-            await pool.load(weights)
+            await pool.load(Brings([mortal, other], weights))  # type: ignore[arg-type]
             return await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(200))), pool.restarts
 
     async def weights() -> list[str]:
@@ -187,6 +188,24 @@ def test_what_an_engine_that_died_had_to_do_is_done_by_others_and_by_the_one_tha
     assert (mortal.restarted, restarts) == (2, 2)
     assert mortal.loaded == ["its own"] * 3
     assert said == [f"engine 0 died: started again, for the {count}. time of 2" for count in (1, 2)]
+
+
+class Brings:
+    """Weights of which each engine has its own, one engine after the other."""
+
+    def __init__(self, engines: list[Any], make: Callable[[], Awaitable[list[str]]]) -> None:
+        self._engines, self._make = engines, make
+
+    def parties(self) -> list[list[int]]:
+        return [[number] for number in range(len(self._engines))]
+
+    async def prepare(self) -> None:
+        self._made = await self._make()
+
+    async def send(self, numbers: list[int]) -> bool:
+        for number in numbers:
+            await self._engines[number].call("load", self._made[number])
+        return True
 
 
 def serving_loads(call: Any) -> Any:
@@ -214,8 +233,9 @@ def test_an_engine_that_dies_while_it_takes_up_weights_has_them_when_it_is_there
     mortal = Mortal(dies_loading=True)
 
     async def work() -> int:
+        transfer: Any = Brings([mortal], weights)
         async with EnginePool([mortal], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
-            await pool.load(weights)
+            await pool.load(transfer)
             assert mortal.loaded == ["new"]  # not before
             return len((await pool.generate((1, 2), SAMPLING)).token_ids)
 
@@ -277,15 +297,62 @@ def test_weights_are_not_made_while_an_engine_still_takes_up_the_last_ones() -> 
     async def work() -> None:
         other = Recorder()
         other.call = serving_loads(other.call)  # type: ignore[method-assign]
+        transfer: Any = Brings([mortal, other], weights)
         async with EnginePool([mortal, other], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
-            await pool.load(weights)
+            await pool.load(transfer)
             await asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(4)))
             assert mortal.loaded == ["version 1"], "it is still being started again"
-            await pool.load(weights)
+            await pool.load(transfer)
 
     asyncio.run(asyncio.wait_for(work(), 10))
     assert made == [0, 2]
     assert mortal.loaded == ["version 1", "version 1", "version 2"]
+
+
+def test_an_engine_that_came_back_with_newer_weights_than_the_others_samples_when_they_have_them_too() -> None:
+    mortal = Mortal(failures=1)
+
+    async def weights() -> list[str]:
+        return ["some"]
+
+    class GoesOn(Brings):
+        async def send(self, numbers: list[int]) -> bool:
+            await super().send(numbers)
+            return mortal.restarted == 0 or len(mortal.loaded) > 2
+
+    async def work() -> None:
+        transfer: Any = GoesOn([mortal], weights)
+        async with EnginePool([mortal], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
+            await pool.load(transfer)
+            asked = asyncio.ensure_future(pool.generate((1,), SAMPLING))
+            await asyncio.sleep(0.1)
+            assert (mortal.loaded, len(mortal.batches)) == (["some"] * 2, 1)
+            await pool.load(transfer)
+            assert (await asked).token_ids.tolist() == [1]
+
+    asyncio.run(asyncio.wait_for(work(), 10))
+    assert (mortal.restarted, len(mortal.batches)) == (1, 2)
+
+
+def test_engines_that_are_served_together_are_not_used_as_if_they_had_what_did_not_come() -> None:
+    class Fails(Brings):
+        def parties(self) -> list[list[int]]:
+            return [[0, 1]]
+
+        async def send(self, numbers: list[int]) -> bool:
+            raise NodeFailure("engine 1 died, and nobody knows who has got how far")
+
+    async def weights() -> list[str]:
+        return ["one", "two"]
+
+    async def work() -> None:
+        engines: list[Any] = [Mortal(), Mortal()]
+        transfer: Any = Fails(engines, weights)
+        async with EnginePool(engines, 4, max_restarts=1, say=lambda line: None) as pool:
+            await pool.load(transfer)
+
+    with pytest.raises(NodeFailure, match="nobody knows who has got how far"):
+        asyncio.run(asyncio.wait_for(work(), 10))
 
 
 def test_a_completion_without_as_many_logprobs_as_tokens_is_refused() -> None:
@@ -302,10 +369,11 @@ def test_an_engine_that_dies_while_weights_are_made_reads_none_before_they_are()
         return [f"version {len(made)}"]
 
     async def work() -> None:
+        transfer: Any = Brings([mortal], weights)
         async with EnginePool([mortal], 4, max_restarts=1, say=lambda line: None) as pool:  # type: ignore[list-item]
-            await pool.load(weights)
+            await pool.load(transfer)
             answers = asyncio.gather(*(pool.generate((number,), SAMPLING) for number in range(4)))
-            await pool.load(weights)
+            await pool.load(transfer)
             assert len(await answers) == 4
 
     asyncio.run(asyncio.wait_for(work(), 10))

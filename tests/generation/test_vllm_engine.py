@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,13 +18,16 @@ import torch
 from driver import all_end, nothing_left_behind
 from engines import Vllm, unchanged_environment
 from tiny import make_tiny_model
+from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from slurmkit.config.model import VllmCfg
 from slurmkit.errors import NodeFailure
+from slurmkit.generation import channels
 from slurmkit.generation.engine import Completion, Request, SamplingParams
+from slurmkit.generation.shared_tensors import lay_out
 from slurmkit.generation.vllm_engine import VllmEngine
-from slurmkit.generation.weights import Weights
+from slurmkit.generation.weights import StreamedWeights, Weights
 
 SETTINGS = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8}
 # Starts an engine where a folder of its own takes what vLLM writes, says so, and waits.
@@ -135,6 +140,41 @@ def test_what_is_under_way_goes_on_with_new_weights_or_is_finished_with_the_old_
         assert sorted(completion.weight_versions) == list(completion.weight_versions)
         kinds.add(frozenset(completion.weight_versions.tolist()))
     assert ({0, 7} in kinds) == in_flight, kinds
+    vllm.end()
+
+
+def test_an_engine_on_two_processes_samples_as_one_with_old_and_with_streamed_weights(tmp_path: Path) -> None:
+    shape = SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    old, new = (make_tiny_model(tmp_path / str(seed), seed=seed, **shape) for seed in range(2))
+    vllm = Vllm(old, **SETTINGS, settings=VllmCfg(tensor_parallel_size=2))
+    requests = [Request((1, 2, number), SamplingParams(1.0, 20, number)) for number in range(8)]
+    greedy = Request(tuple(range(200)), SamplingParams(0.0, 8, 0))
+
+    def check(model: Path) -> None:
+        for request, completion in zip(asked := [*requests, greedy], vllm.generate(asked), strict=True):
+            assert completion.logprobs == pytest.approx(logprobs_of(model, request, completion).numpy(), abs=1e-5)
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        ids = torch.tensor([greedy.prompt_ids])
+        said = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert completion.token_ids.tolist() == said[0, ids.shape[1] :].tolist()
+
+    check(old)
+    state = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32).state_dict()
+    meeting = distributed.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
+    where: dict[str, Any] = {"size": 3, "timeout_seconds": 60}
+
+    def send() -> str:
+        channel = channels.connect("broadcast", "127.0.0.1", meeting.port, rank=0, device=torch.device("cpu"), **where)
+        return channels.send(channel, lay_out(state), state.items(), torch.device("cpu"))
+
+    with ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(send)
+        vllm.do(vllm.engine.connect("broadcast", "127.0.0.1", meeting.port, first_rank=1, **where))
+        arrived = vllm.do(vllm.engine.load(StreamedWeights(7, lay_out(state), wants_digest=True)))
+        assert arrived == [sent.result(60)] * 2
+    check(new)  # the prompt that is remembered too
+    vllm.load(Weights(8, AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32).state_dict()))
+    check(old)
     vllm.end()
 
 

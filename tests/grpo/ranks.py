@@ -67,6 +67,8 @@ class Work:
     first: int = 0
     rounds: Sequence[Sequence[Sample]] = ROUNDS
     score: tuple[str, ...] = ()
+    rests: bool = False
+    """The ranks give up their devices' memory after each update, and have it again before the next."""
     reference: bool = False
     """Samples have a reference's logprobs, as the loss wants them."""
 
@@ -126,7 +128,11 @@ def train(work: Work, rank: int, num_ranks: int, ports: Any) -> None:
             loss_fn=config.loss_fn,
         )
         try:
+            if work.rests and index > work.first:
+                worker.wake()
             results.append(worker.update(step.ranks[rank // work.tensor_parallel_size], index + 1))
+            if work.rests:
+                worker.rest()
         except FloatingPointError as raised:
             error = str(raised)
     losses = torch.tensor([result.sums.loss for result in results], dtype=torch.float64)

@@ -208,7 +208,7 @@ def test_ages_count_steps_since_the_weights_of_each_token() -> None:
 
 @pytest.mark.parametrize("age", [0, 2])
 def test_who_is_asked_to_leave_does_not_wait_for_completions_that_new_weights_have_to_wait_for(age: int) -> None:
-    async def load(make: object) -> None:
+    async def load() -> None:
         await asyncio.sleep(0.1 if not age else 1000)
 
     async def give() -> bool:
@@ -217,8 +217,7 @@ def test_who_is_asked_to_leave_does_not_wait_for_completions_that_new_weights_ha
         asyncio.get_running_loop().call_later(0.02, signal.raise_signal, signal.SIGUSR2)
         grpo = Grpo(async_grpo={"enabled": True, "max_trajectory_age_steps": age})
         parts: Any = SimpleNamespace(
-            pool=SimpleNamespace(load=load),
-            policy=SimpleNamespace(put_weights=None),
+            turns=SimpleNamespace(of_engines=load),
             config=SimpleNamespace(grpo=grpo),
             interrupts=interrupts,
         )

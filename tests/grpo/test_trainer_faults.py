@@ -7,14 +7,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from driver import TINY, ended, last_logged, processes_of, run, start, titled, until
+from driver import TINY, ended, last_logged, processes_of, run, start, titled, two_ray_nodes, until
 from parts import missing
 
 from slurmkit.errors import Failure, NodeFailure
@@ -93,29 +92,8 @@ def test_an_actor_that_ray_kills_for_memory_is_named_with_the_figures(tmp_path: 
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
-    """Ray's address and the raylets of two nodes, the head's first, on this machine."""
-    program = (
-        "from ray.cluster_utils import Cluster\n"
-        "cluster = Cluster(True, head_node_args={'num_cpus': 1, 'include_dashboard': False})\n"
-        "cluster.add_node(num_cpus=1)\n"
-        "print(cluster.address, flush=True)\n"
-        "input()\n"
-    )
-    with (tmp_path / "cluster.log").open("w") as log:
-        cluster = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-    assert cluster.stdout is not None
-    address = cluster.stdout.readline().strip()
-    children = psutil.Process(cluster.pid).children(recursive=True)
-    try:
-        yield address, children
-    finally:
-        cluster.kill()
-        cluster.wait()
-        for child in children:
-            if child.is_running():
-                child.kill()
+    with two_ray_nodes(tmp_path) as nodes:
+        yield nodes
 
 
 def test_a_lost_node_is_named_and_what_is_left_goes_on_until_ray_is_lost(
