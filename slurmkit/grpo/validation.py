@@ -10,9 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slurmkit.config.algorithm import Grpo
+from slurmkit.config.schema import TrainConfig
+from slurmkit.envs.environment import Domain
 from slurmkit.errors import Failure
 from slurmkit.grpo.selection import score_metrics
-from slurmkit.rollout.collect import Group
+from slurmkit.rollout.chat import Chat
+from slurmkit.rollout.collect import Group, Sampling, collect
+from slurmkit.rollout.episode import Generate
+
+# Apart in the seed, so that validation draws the same random numbers every time it is run.
+TRAINING, VALIDATION = 0, 1
 
 
 def pass_at_k(num_episodes: int, num_correct: int, k: int) -> float:
@@ -72,6 +79,19 @@ def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -
         os.replace(beside, path)
     except OSError as error:
         raise Failure(f"{path} cannot be written: {error.strerror}") from None
+
+
+async def play_validation(config: TrainConfig, domain: Domain, policy: Generate, chat: Chat) -> list[Group]:
+    """Episodes of the validation tasks, sampled as in training, with the same random numbers each time."""
+    return await collect(
+        domain.validation_tasks[: config.grpo.max_val_samples],
+        episodes_per_task=config.grpo.val_num_generations_per_prompt,
+        domain=domain,
+        policy=policy,
+        chat=chat,
+        sampling=Sampling.of(config, (VALIDATION,)),
+        environment_timeout_seconds=config.env.timeout_seconds,
+    )
 
 
 def is_good_enough(metrics: Mapping[str, float], grpo: Grpo) -> bool:
