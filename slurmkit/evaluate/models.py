@@ -34,7 +34,7 @@ def find_model(source: Path, step: str | None = None) -> Model:
         if problem := problem_of(checkpoint, "model/"):
             raise Failure(f"{checkpoint} is damaged: {problem}")
         return Model(checkpoint / "model", f"{checkpoint.parent.name}/{checkpoint.name}", checkpoint.parent)
-    if not (source / "config.json").is_file() or not weights_of(source):
+    if not (source / "config.json").is_file() or not _weights_of(source):
         raise UserError(
             f"{source}: no checkpoint: it must be a run directory with a step_N/, a step_N/ itself, or a model's "
             "folder with config.json and its weights (*.safetensors)"
@@ -53,6 +53,6 @@ def find_baseline(name: str) -> Model:
     return Model(model_folder(name), name)
 
 
-def weights_of(folder: Path) -> list[Path]:
+def _weights_of(folder: Path) -> list[Path]:
     """The files of a model's weights."""
     return sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
