@@ -109,5 +109,5 @@ if __name__ == "__main__":
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _say("interrupted: nothing is kept")
+        _say("interrupted: there is no result")
         sys.exit(130)

@@ -82,10 +82,10 @@ def ask(
     work, log, results = folder / "bfcl", folder / "bfcl.log", folder / "answers.json"
     work.mkdir()
     own = {name: getattr(settings, name) for name in ("categories", "limit", "seed", "max_tokens", "concurrency")}
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    environment |= {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key}
+    environment = {**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": api_key}
     environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
-    command = [str(python), "-s", bfcl_side.__file__]
+    # Isolated: of this environment it sees nothing, not even the files beside its own.
+    command = [str(python), "-I", bfcl_side.__file__]
     with log.open("wb") as errors, results.open("wb") as output:
         child = subprocess.Popen(
             command,
@@ -112,10 +112,15 @@ def ask(
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
         raise Failure(f"bfcl-eval ended with exit code {child.returncode}; the last lines of {log}:\n{lines}")
     found: Answers = json.loads(results.read_text())
-    entries = [entry for category in found.values() for entry in category["entries"].values()]
-    if entries and all(entry["error"] for entry in entries):
-        raise Failure(f"not one of {len(entries)} requests went well; the first: {entries[0]['error']}")
+    refuse_silence(found)
     return found
+
+
+def refuse_silence(answers: Answers) -> None:
+    """Failure where not one request went well: then nothing was judged."""
+    errors = [entry["error"] for category in answers.values() for entry in category["entries"].values()]
+    if all(errors):
+        raise Failure(f"not one of {len(errors)} requests went well; the first: {errors[0]}")
 
 
 def remarks(answers: Answers) -> Iterator[str]:

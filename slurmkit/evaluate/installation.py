@@ -1,6 +1,6 @@
 """The environment of bfcl-eval, whose pinned packages go with nothing else.
 
-Of the 31 packages that it asks for, most are the client libraries of vendors, and vector stores for categories that v3
+Of the 32 packages that it asks for, most are the client libraries of vendors, and vector stores for categories that v3
 has not: gigabytes. What judges v3's categories and asks an OpenAI-compatible server is here, all of it, in 230 MB.
 """
 
@@ -43,7 +43,7 @@ def bfcl_python(given: Path | None, cache: Path, say: Callable[[str], None]) -> 
     """
     if given is not None:
         try:
-            tried = subprocess.run([given, "-c", "import bfcl_eval"], capture_output=True, text=True, timeout=300)
+            tried = subprocess.run([given, "-I", "-c", "import bfcl_eval"], capture_output=True, text=True, timeout=300)
         except OSError as error:
             raise UserError(f"--bfcl-python {given}: {error.strerror}") from None
         if tried.returncode:

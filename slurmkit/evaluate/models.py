@@ -50,7 +50,7 @@ def find_baseline(name: str) -> Model:
         return find_model(Path(name))
     from slurmkit.grpo.from_scratch import model_folder  # and torch, which what is wrong with a folder is told without
 
-    return Model(model_folder(name), name)
+    return Model(model_folder(name, "--baseline"), name)
 
 
 def _weights_of(folder: Path) -> list[Path]:

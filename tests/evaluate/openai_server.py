@@ -39,6 +39,7 @@ def answers(data: Path, *categories: str) -> Answer:
 def _call(truth: str | dict[str, Any]) -> Call:
     if isinstance(truth, str):
         call: Any = ast.parse(truth, mode="eval").body
+        assert not call.args, "which parameter this is, is not said here"
         return call.func.id, {each.arg: ast.literal_eval(each.value) for each in call.keywords}
     [(name, parameters)] = truth.items()
     return name.replace(".", "_"), {key: values[0] for key, values in parameters.items() if values and values[0] != ""}
