@@ -1,7 +1,7 @@
 """The environment of bfcl-eval, whose pinned packages go with nothing else.
 
 Of the 32 packages that it asks for, most are the client libraries of vendors, and vector stores for categories that v3
-has not: gigabytes. What judges v3's categories and asks an OpenAI-compatible server is here, all of it, in 230 MB.
+has not: gigabytes. What judges v3's categories and asks an OpenAI-compatible server is here, all of it, in 180 MB.
 """
 
 from __future__ import annotations

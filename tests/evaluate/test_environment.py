@@ -54,16 +54,18 @@ def test_a_task_counts_once_however_many_episodes_it_has_and_not_where_all_of_th
     of_step = {"num_prompts_per_step": 2, "num_generations_per_prompt": 2}
     config = tiny_config(tmp_path, grpo={**of_step, "val_num_generations_per_prompt": 4})
     ours = [group(1, 1, 1, 1), group(1, 0, broken=["x", "x"]), of(broken=["x"] * 4), group(0, 0, 0, 0)]
+    ours.append(group(1, 1, 1, 1))
     theirs = [group(0, 0, 0, 0), group(1, 1, 1, 1), group(1, 1, 1, 1), group(1, 1, 0, 0)]
+    theirs.append(of(broken=["x"] * 4))
     result = compared({"checkpoint": ours, "baseline": theirs}, config)
     figures = result["figures"]
-    assert figures["checkpoint"]["accuracy"]["mean"] == pytest.approx((1 + 1 / 2 + 0) / 3)
-    assert figures["checkpoint"] == figures["checkpoint"] | {"tasks": 3, "broken_episodes": 6}
+    assert figures["checkpoint"]["accuracy"]["mean"] == pytest.approx((1 + 1 / 2 + 0 + 1) / 4)
+    assert figures["checkpoint"] == figures["checkpoint"] | {"tasks": 4, "broken_episodes": 6}
     assert figures["baseline"]["accuracy"]["mean"] == pytest.approx((0 + 1 + 1 + 1 / 2) / 4)
     # Of the three that both have.
     assert figures["difference"]["accuracy"]["mean"] == pytest.approx((1 - 1 / 2 - 1 / 2) / 3)
-    assert figures["checkpoint"]["pass@4"]["mean"] == 0.5  # of two, the others have not so many
-    assert figures["checkpoint"]["pass@2"]["mean"] == pytest.approx((1 + 1 + 0) / 3)
+    assert figures["checkpoint"]["pass@4"]["mean"] == pytest.approx((1 + 0 + 1) / 3)  # of those that have so many
+    assert figures["checkpoint"]["pass@2"]["mean"] == pytest.approx((1 + 1 + 0 + 1) / 4)
     assert result["tasks"][2]["checkpoint"] is None
 
 
