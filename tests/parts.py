@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -35,7 +36,7 @@ HOSTILE = [
 ]
 
 
-def missing(reason: str) -> None:
+def missing(reason: str) -> NoReturn:
     """Skip the test, or fail it where every part must be there."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"under CI=true nothing may be missing: {reason}")

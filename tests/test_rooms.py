@@ -38,9 +38,14 @@ def test_a_file_imports_only_what_its_room_may_know(path: Path) -> None:
     rooms = {name.split(".")[1] for name in names if name.startswith("slurmkit.")}
     if room in LOGIN_NODE:
         assert not {name.split(".")[0] for name in names} & HEAVY
-        assert not rooms & (TRAINER | {"bench"})
+        assert not rooms & (TRAINER | {"bench", "evaluate"})
     if room in TRAINER:
         assert not rooms & {"cli", "job", "slurm", "run"}, "the trainer knows nothing of Slurm"
+        assert "evaluate" not in rooms, "it asks the trainer's parts, not they it"
+    if room == "evaluate":
+        assert not rooms & {"cli", "job", "slurm", "run", "bench"}
+    if path.name == "bfcl_side.py":
+        assert not rooms, "it runs where slurmkit is not installed"
     if room == "keeper":
         assert {name.partition(".")[0] for name in names} - {"slurmkit"} <= sys.stdlib_module_names
         assert rooms <= {"keeper"}, "it runs where slurmkit is not installed"

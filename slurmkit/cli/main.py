@@ -23,6 +23,7 @@ _COMMANDS = {
     "report": "Write one page of a run, or of several beside each other.",
     "usage": "Tell what a run has used up, and how much of it for its steps.",
     "export": "Write a checkpoint's model to a folder that transformers and vLLM open.",
+    "evaluate": "Tell whether training helped: an environment's validation, or BFCL v3.",
     "render": "Print or write the sbatch file that submit would submit.",
     "logs": "Show what a run's command has written, and go on as it grows.",
     "attach": "Open a shell inside a running job, in its container.",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from slurmkit.config.load import load_config
 from slurmkit.errors import SlurmkitError
 from slurmkit.grpo.interrupt import Interrupted, Interrupts
+from slurmkit.grpo.private_ray import protect_private_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         interrupts = Interrupts()
         config = load_config(options.config, options.overrides)
-        _protect_private_ray()
+        protect_private_ray()
         # After the configuration, as torch and ray take seconds to import and a typo should not.
         from slurmkit.grpo.trainer import train
 
@@ -40,15 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(interrupted)
         return interrupted.exit_code
     return 0
-
-
-def _protect_private_ray() -> None:
-    """Give a Ray of our own a token that lives as long as it does. Ray reads this when it is imported.
-
-    Left alone, Ray makes one token for all of the user's runs, in a file in the home directory that everybody may read.
-    """
-    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 if __name__ == "__main__":

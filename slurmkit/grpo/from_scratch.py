@@ -50,13 +50,18 @@ def starting_model(config: TrainConfig, domain: Domain, run_directory: Path, *, 
         make_model(folder, sizes, domain, max_length=limit, seed=config.grpo.seed)
         return folder
     assert name is not None  # the schema has seen to it
+    return model_folder(name)
+
+
+def model_folder(name: str, key: str = "policy.model_name") -> Path:
+    """The folder of the model that `key` names: itself, or what is on the hub. UserError where there is none."""
     if Path(name).is_dir():
         return Path(name).absolute()
     try:
         return Path(snapshot_download(name))
     except Exception as error:  # the hub's client raises a dozen kinds
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"policy.model_name: {name!r} is no folder and cannot be had from the hub: {reason}") from None
+        raise UserError(f"{key}: {name!r} is no folder and cannot be had from the hub: {reason}") from None
 
 
 def make_model(folder: Path, sizes: FromScratch, domain: Domain, *, max_length: int, seed: int) -> None:

@@ -24,7 +24,7 @@ from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.batch import OptimizerStep, optimizer_steps
 from slurmkit.grpo.causal_lm import check_model
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState, weights_digest
-from slurmkit.grpo.cluster import ray_connection, serving_folder, start_actors, watch_ray
+from slurmkit.grpo.cluster import engine_pool, ray_connection, serving_folder, start_actors, watch_ray
 from slurmkit.grpo.credit import by_rollout, credit, make_samples
 from slurmkit.grpo.from_scratch import starting_model
 from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
@@ -38,14 +38,11 @@ from slurmkit.grpo.saving import Saver
 from slurmkit.grpo.selection import NothingToLearn, without_truncated
 from slurmkit.grpo.throughput import Gauge
 from slurmkit.grpo.turns import Turns
-from slurmkit.grpo.validation import is_good_enough, validation_metrics, write_transcripts
+from slurmkit.grpo.validation import TRAINING, is_good_enough, play_validation, validation_metrics, write_transcripts
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
 from slurmkit.rollout.episode import Limits
 from slurmkit.rollout.sample import Sample
-
-# Apart in the seed, so that validation draws the same random numbers every time it is run.
-_TRAINING, _VALIDATION = 0, 1
 
 
 async def train(
@@ -109,18 +106,7 @@ async def train(
         serving = stack.enter_context(serving_folder(config, run_directory))
         policy, engines, transfer = start_actors(config, model_path, state.updates, temporary, serving)
         interrupts.attend()
-        generation = config.policy.generation
-        sharing = EnginePool(
-            engines,
-            generation.max_batch_size,
-            continuous=generation.backend == "vllm",
-            max_restarts=generation.max_restarts,
-            stall_seconds=generation.stall_timeout_seconds or config.cluster.call_timeout_seconds,
-            stop_token_ids=generation.stop_token_ids or (),
-            min_new_tokens=generation.min_new_tokens,
-            say=say,
-        )
-        pool = await stack.enter_async_context(sharing)
+        pool = await stack.enter_async_context(engine_pool(config, engines))
         starting = together(policy.start(model_path, starting_path, checkpoint, state.updates), pool.start())
         turns = Turns(policy, pool, transfer, config.takes_turns)
         await guarded(interrupts.unless(starting), watch_ray())
@@ -294,7 +280,16 @@ class Trainer:
     async def play_step(self, step: int, tasks: Sequence[Task], before: int) -> list[Group]:
         """Groups of a step that has had `before` tasks already."""
         episodes = self.config.grpo.num_generations_per_prompt
-        return await self.play(tasks, episodes, (_TRAINING, step), first=before * episodes)
+        return await collect(
+            tasks,
+            episodes_per_task=episodes,
+            domain=self.domain,
+            policy=self.pool,
+            chat=self.chat,
+            sampling=Sampling.of(self.config, (TRAINING, step), before * episodes),
+            limits=Limits.of(self.config),
+            weight_version=self.state.updates,
+        )
 
     async def score(self, samples: list[Sample]) -> list[Sample]:
         """The samples with those logprobs that the loss asks for: the policy's own, and the reference model's."""
@@ -341,43 +336,14 @@ class Trainer:
         return True
 
     async def validate(self, step: int) -> dict[str, float]:
-        """Episodes of the validation tasks, sampled as in training; the first tasks' conversations are kept."""
-        grpo = self.config.grpo
-        tasks = self.domain.validation_tasks[: grpo.max_val_samples]
-        groups = await self.play(tasks, grpo.val_num_generations_per_prompt, (_VALIDATION,))
-        metrics = validation_metrics(groups, grpo)
+        """Play the validation tasks; the first ones' conversations are kept."""
+        groups = await play_validation(
+            self.config, self.domain, self.pool, self.chat, weight_version=self.state.updates
+        )
+        metrics = validation_metrics(groups, self.config.grpo)
         if kept := groups[: self.config.logger.num_val_transcripts]:
             write_transcripts(Path(self.config.checkpointing.checkpoint_dir), step, kept)
         return metrics
-
-    async def play(
-        self, tasks: Sequence[Task], episodes_per_task: int, key: tuple[int, ...], *, first: int = 0
-    ) -> list[Group]:
-        """Episodes with the present weights. The same `key` and `first` draw the same random numbers."""
-        generation = self.config.policy.generation
-        limit = generation.max_new_tokens or self.config.policy.max_total_sequence_length
-        return await collect(
-            tasks,
-            episodes_per_task=episodes_per_task,
-            domain=self.domain,
-            policy=self.pool,
-            chat=self.chat,
-            sampling=Sampling(
-                generation.temperature,
-                limit,
-                (self.config.grpo.seed, *key),
-                first,
-                generation.top_p,
-                generation.top_k,
-            ),
-            limits=Limits(
-                max_turns=self.config.grpo.max_rollout_turns,
-                call_seconds=self.config.env.timeout_seconds,
-                episode_seconds=self.config.env.episode_timeout_seconds,
-                max_answer_chars=self.config.env.max_tool_output_chars,
-            ),
-            weight_version=self.state.updates,
-        )
 
     def is_over(self, rollouts: Rollouts) -> bool:
         """Whether the last finished step is the run's last. Says so where that was not known from the start."""

@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from slurmkit.config.algorithm import Grpo
-from slurmkit.envs.environment import Message
+from slurmkit.config.schema import TrainConfig
+from slurmkit.envs.environment import Domain, Message
 from slurmkit.errors import Failure
 from slurmkit.grpo.sample_files import write_lines
 from slurmkit.grpo.selection import score_metrics
-from slurmkit.rollout.collect import Group
+from slurmkit.rollout.chat import Chat
+from slurmkit.rollout.collect import Group, Sampling, collect
+from slurmkit.rollout.episode import Generate, Limits
+
+# Apart in the seed, so that validation draws the same random numbers every time it is run.
+TRAINING, VALIDATION = 0, 1
 
 
 def pass_at_k(num_episodes: int, num_correct: int, k: int) -> float:
@@ -70,6 +76,25 @@ def _said(message: Message) -> dict[str, Any]:
     calls = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in message.tool_calls]
     facts = {"tool_calls": calls, "tool_call_id": message.tool_call_id, "name": message.name}
     return {"role": message.role, "content": message.content, **{name: fact for name, fact in facts.items() if fact}}
+
+
+async def play_validation(
+    config: TrainConfig, domain: Domain, policy: Generate, chat: Chat, *, weight_version: int = 0
+) -> list[Group]:
+    """Episodes of the validation tasks, sampled as in training, with the same random numbers each time.
+
+    `weight_version`: how many updates the policy's weights have seen.
+    """
+    return await collect(
+        domain.validation_tasks[: config.grpo.max_val_samples],
+        episodes_per_task=config.grpo.val_num_generations_per_prompt,
+        domain=domain,
+        policy=policy,
+        chat=chat,
+        sampling=Sampling.of(config, (VALIDATION,)),
+        limits=Limits.of(config),
+        weight_version=weight_version,
+    )
 
 
 def is_good_enough(metrics: Mapping[str, float], grpo: Grpo) -> bool:

@@ -40,6 +40,14 @@ class Sampling:
     top_p: float = 1.0
     top_k: int | None = None
 
+    @classmethod
+    def of(cls, config: TrainConfig, key: tuple[int, ...], first: int = 0) -> Sampling:
+        """As the configuration says. Rounds with the same `key` and `first` draw the same random numbers."""
+        generation = config.policy.generation
+        limit = generation.max_new_tokens or config.policy.max_total_sequence_length
+        seed = (config.grpo.seed, *key)
+        return cls(generation.temperature, limit, seed, first, generation.top_p, generation.top_k)
+
     def of_episodes(self, count: int) -> list[SamplingParams]:
         """Of the round's episodes in order."""
         # A place's number does not depend on how many are drawn with it.

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy
 
+from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.environment import Agent, Environment, Message, Opening, Score, Task
 from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat, Prompt
@@ -45,6 +46,14 @@ class Limits:
     call_seconds: float
     episode_seconds: float | None
     max_answer_chars: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Limits:
+        """As the configuration says."""
+        env = config.env
+        return cls(
+            config.grpo.max_rollout_turns, env.timeout_seconds, env.episode_timeout_seconds, env.max_tool_output_chars
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
