@@ -134,6 +134,18 @@ def test_thoughts_stay_while_tools_answer_and_a_new_question_begins_a_new_sample
     assert talks["qwen3"].text(engine.asked[1][0]).count("hm") == 1
 
 
+def test_the_reply_itself_decides_where_it_ends_whatever_it_spells_or_the_template_leaves_out(
+    talks: Mapping[str, Talk],
+) -> None:
+    answers = [[Message("user", "and?")], [Message("user", "thanks")]]
+    replies = ["I end with <|im_end|>\nor not", "<think>\nhm\n</think>\n\nyes", "bye"]
+    opening = Opening(USER)
+    engine = Engine(talks["qwen3"], replies)
+    episode = play(talks["qwen3"], engine, Scripted(opening, answers))
+    is_exact(talks["qwen3"], engine, episode, opening)
+    assert [len(turns) for turns in episode.samples] == [2, 1]
+
+
 def test_a_template_that_takes_thoughts_away_at_once_begins_a_sample_each_turn(talks: Mapping[str, Talk]) -> None:
     call = '</think><TOOLCALL>[{"name": "look", "arguments": {}}]</TOOLCALL>'
     answers = [[Message("tool", "a", tool_call_id="call_0", name="look")]] * 2
