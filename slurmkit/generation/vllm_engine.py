@@ -143,7 +143,9 @@ class VllmEngine:
 
     async def submit(self, requests: Mapping[int, Request]) -> None:
         for ticket, request in requests.items():
-            self._under_way[ticket] = asyncio.create_task(self._follow(ticket, request))
+            self._under_way[ticket] = task = asyncio.create_task(self._follow(ticket, request))
+            # Not by the task itself: one that is cancelled at once never runs.
+            task.add_done_callback(lambda _, ticket=ticket: self._under_way.pop(ticket))  # type: ignore[misc]
 
     async def collect(self) -> dict[int, Completion]:
         await self._changed.wait()
@@ -241,7 +243,6 @@ class VllmEngine:
         finally:
             self._sampling.discard(done)
             done.set_result(None)
-            del self._under_way[ticket]
         self._changed.set()
 
     async def _complete(self, ticket: int, request: Request) -> Completion:

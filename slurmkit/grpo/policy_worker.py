@@ -331,7 +331,7 @@ class PolicyWorker:
             return None
         table = self._shared.write(weights.tensors, self._precision)
         shared = SharedWeights(weights.version, self._shared.path, table)
-        return replace(shared, digest=self._digest_once(shared.opened().tensors))
+        return shared if self._has_told_digest else replace(shared, digest=self._digest_once(shared.opened().tensors))
 
     def rest(self) -> None:
         """Keep weights and optimiser in the CPU's memory until `wake`. What is gathered meanwhile is gathered there."""
