@@ -132,7 +132,7 @@ def test_all_problems_are_told_at_once(base: Path) -> None:
     message = refusal(base, "grpo.seed=x", "env.name=foo", "bar=1")
     assert len(message.splitlines()) == 3
     assert "grpo.seed: should be a valid integer, not 'x' (command line: grpo.seed=x)" in message
-    assert "env.name: should be 'arithmetic', 'math' or 'gym', not 'foo'" in message
+    assert "env.name: should be 'arithmetic', 'math', 'workplace' or 'gym', not 'foo'" in message
 
 
 @pytest.mark.parametrize(
