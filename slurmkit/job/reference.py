@@ -48,31 +48,30 @@ _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or fals
 def pages() -> dict[str, str]:
     """Name and text of each page."""
     return {
-        "configuration.md": _MADE + _TRAINING + "".join(_tables("", TrainConfig, None)),
-        "job-keys.md": _MADE + _JOB + "".join(_tables("", JobSpec, None)),
+        "configuration.md": _MADE + _TRAINING + "".join(_tables("", TrainConfig)),
+        "job-keys.md": _MADE + _JOB + "".join(_tables("", JobSpec)),
     }
 
 
-def _tables(prefix: str, section: type[Section], filled: Section | None) -> Iterator[str]:
-    """The table of a section's keys, then those of the sections in it; `filled` has its defaults, where they differ."""
+def _tables(prefix: str, section: type[Section]) -> Iterator[str]:
+    """The table of a section's own keys, then those of the sections in it."""
     rows, inner = [], []
     for name, key in section.model_fields.items():
-        default = key.default if filled is None else getattr(filled, name)
         path = f"{prefix}{name}.NAME" if get_origin(_plain(key.annotation)) is dict else f"{prefix}{name}"
         below = _sections(key.annotation)[:1]
-        if below and (isinstance(default, Section) or key.is_required):
+        if below and (isinstance(key.default, Section) or key.is_required):
             must = " Must be given." if key.is_required else ""
-            inner.append((path, below[0], default, _meaning(key) + must))
+            inner.append((path, below[0], f"\n{_meaning(key)}{must}\n"))
             continue
-        inner += [(path, each, None, "") for each in below]
-        shown = "must be given" if key.is_required else f"`{json.dumps(default, ensure_ascii=False)}`"
+        inner += [(path, each, "") for each in below]
+        shown = "must be given" if key.is_required else f"`{json.dumps(key.default, ensure_ascii=False)}`"
         rows.append(f"| `{name}` | {_cell(_kind(key.annotation))} | {_cell(shown)} | {_cell(_meaning(key))} |\n")
     if rows:
         yield "\n| key | type | default | meaning |\n|---|---|---|---|\n"
         yield from rows
-    for path, each, default, meaning in inner:
-        yield f"\n## {path}\n" + (f"\n{meaning}\n" if meaning else "")
-        yield from _tables(f"{path}.", each, default if isinstance(default, each) else None)
+    for path, each, meaning in inner:
+        yield f"\n## {path}\n{meaning}"
+        yield from _tables(f"{path}.", each)
 
 
 def _plain(kind: Any) -> Any:

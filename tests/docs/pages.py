@@ -14,6 +14,9 @@ PAGES = sorted(
 )
 TEXTS = {str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8") for path in PAGES}
 
+# In which blocks of a page may be; commands are looked for in all of them.
+LANGUAGES = ("sh", "", "yaml", "json", "python", "jinja")
+
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4,}.*\n)+)")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+(?:\n[^`\n]+)?)`(?!`)")
@@ -27,14 +30,19 @@ class Block(NamedTuple):
 
 
 def shell_blocks(page: str) -> Iterator[Block]:
-    """What a page shows to be typed: fenced blocks of sh, and indented ones that begin with one of our programs."""
+    """What a page shows to be typed: blocks of sh, what follows a prompt, and whatever else has a line of ours."""
     text = TEXTS[page]
     for _, language, body in _FENCE.findall(text):
-        if language == "sh":
+        assert language in LANGUAGES, f"{page}: nobody reads a block of {language}"
+        typed = re.findall(r"^\$ (.*\n)", body, re.MULTILINE)
+        if language == "sh" or any(map(is_ours, body.splitlines())):
             yield Block(page, body)
+        elif typed:
+            yield Block(page, "".join(typed))
     for body in _INDENTED.findall(_FENCE.sub("", text) + "\n"):
-        if is_ours(body.lstrip()):
-            yield Block(page, re.sub(r"^ {4,6}", "", body, flags=re.MULTILINE))
+        plain = re.sub(r"^ {4,6}(?=\S)", "", body, flags=re.MULTILINE)
+        if any(map(is_ours, plain.splitlines())):
+            yield Block(page, plain)
 
 
 def spans(page: str) -> Iterator[str]:

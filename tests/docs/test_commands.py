@@ -27,7 +27,7 @@ from slurmkit.grpo.__main__ import main as train
 from slurmkit.job.render import render
 from slurmkit.job.settle import settle
 
-# What stands in for the names in commands. The runs RUN, NAME, A, B, C, math and grpo_workplace_assistant are there.
+# What stands in for the names in commands. Runs that they name are there: RUN, NAME, A, B, C, small, math and one more.
 STAND_INS = [
     ("templates show NAME", "templates show job.sbatch.j2"),
     ("templates diff [NAME]", "templates diff job.sbatch.j2"),
@@ -83,8 +83,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site.yaml").write_text(site[1])
     for folder in ("jobs", "FOLDER", "templates"):
         (tmp_path / folder).mkdir()
-    for number, name in enumerate(("RUN", "NAME", "A", "B", "C", "grpo_workplace_assistant", "math")):
-        first, last = f"{4705 + number}.0", f"{4705 + number}.1"
+    for number, name in enumerate(("RUN", "NAME", "A", "B", "C", "small", "grpo_workplace_assistant", "math")):
+        first, last = f"{4704 + number}.0", f"{4704 + number}.1"
         run = Made(tmp_path / "results" / name).record(first[:-2])
         run.start(first, 300).end(first, 200, 75).start(last, 100).end(last, 50, 0, "the command is done")
         for attempt in (first, last):

@@ -6,6 +6,7 @@ import fnmatch
 import re
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 _THEIRS = re.compile(r"\| there \| here \|\n(?:\|.*\n)+")
 
 
+@cache
 def keys() -> set[str]:
     """Every dotted key of a configuration, and every section."""
     found, prefix = set(), ""
@@ -69,6 +71,19 @@ def test_the_readme_leads_to_every_page_of_the_documentation_or_to_its_index() -
         if name is not None:
             assert name in nav, f"mkdocs.yml has no place for {name}"
             assert name == "index.md" or name in index or name in TEXTS["docs/containers/index.md"] or "/" in name, name
+
+
+def test_every_room_is_in_the_architecture_and_every_file_that_a_row_names_is_in_its_room() -> None:
+    rows = dict(re.findall(r"^\| `slurmkit/(\w+)/` \| (.+) \|$", TEXTS["docs/architecture.md"], re.MULTILINE))
+    last = re.findall(r"^\| \| (.+) \|$", TEXTS["docs/architecture.md"], re.MULTILINE)
+    rooms = {path.parent.name for path in (REPOSITORY / "slurmkit").glob("*/__init__.py")}
+    assert rooms == set(rows)
+    for room, text in rows.items():
+        there = {path.name for path in (REPOSITORY / "slurmkit" / room).rglob("*")}
+        there |= {name.partition(".")[0] for name in there} | {f"{name}/" for name in there}
+        for name in re.findall(r"`([\w./]+)`", text + (" ".join(last) if room == "job" else "")):
+            is_there = name in there or (REPOSITORY / "slurmkit" / name).exists()
+            assert is_there or name in ("slurmkit bench", "JobSpec"), f"{room} has no {name}"
 
 
 def test_mkdocs_builds_the_site_without_a_warning(tmp_path: Path) -> None:
