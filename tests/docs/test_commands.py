@@ -25,7 +25,7 @@ from slurmkit.cli.options import JobCommand, request_from
 from slurmkit.errors import UserError
 from slurmkit.grpo.__main__ import main as train
 from slurmkit.job.render import render
-from slurmkit.job.settle import settle
+from slurmkit.job.settle import Request, settle
 
 # What stands in for the names in commands. Runs that they name are there: RUN, NAME, A, B, C, small, math and one more.
 STAND_INS = [
@@ -63,6 +63,13 @@ HARMLESS |= {
 # Where data lie that a page tells to download or to make first.
 MADE = ("data/workplace", "results/workplace-tiny")
 OPTIONS_OF_A_JOB = {param.name for param in config_command.params} - {"as_json", "words"}
+# Pages that show a piece of a rendered file, which nobody types, and the image that it is of.
+RENDERED = {
+    "docs/containers/none.md": "",
+    "docs/containers/pyxis.md": "nvcr.io#nvidia/pytorch:25.01",
+    "docs/containers/apptainer.md": "/images/ray.sif",
+    "docs/containers/podman.md": "docker.io/rayproject/ray:2.60",
+}
 SHELL_PAGES = [page for page in TEXTS if any(shell_blocks(page))]
 
 
@@ -195,8 +202,8 @@ def test_every_command_to_type_is_one_that_its_program_takes(
         in_bash = block.text.replace("[", "").replace("]", "") if "slurmkit" in block.text else block.text
         done = subprocess.run(["bash", "-n"], input=in_bash, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if page.startswith("docs/containers/"):
-            continue  # what a rendered file says, and nobody types
+        if page in RENDERED:
+            continue
         for words in commands(block.text):
             if words[0] == "export":
                 for word in words[1:]:
@@ -204,6 +211,17 @@ def test_every_command_to_type_is_one_that_its_program_takes(
             name = check(list(words), here)
             if name in HARMLESS:
                 run(words[words.index("slurmkit") + 1 :])
+
+
+@pytest.mark.parametrize("page", RENDERED)
+def test_the_piece_of_a_rendered_file_that_a_page_shows_is_what_is_rendered(page: str, here: Path) -> None:
+    runtime = Path(page).stem
+    flags = {"workdir": "/work", "run_dir": "/work/results/x", "env.OMP_NUM_THREADS": 8, "gres": "gpu:1"}
+    container = {"runtime": runtime, "image": RENDERED[page], "mounts": ["/datasets:/data:ro"]}
+    flags["container"] = {"runtime": "none"} if runtime == "none" else container
+    settled = settle(Request(command=("true",), flags=flags), here)
+    (block,) = shell_blocks(page)
+    assert block.text in render(settled.spec, settled.templates)
 
 
 def run(words: list[str]) -> None:
