@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -43,6 +44,16 @@ def shell_blocks(page: str) -> Iterator[Block]:
         plain = re.sub(r"^ {4,6}(?=\S)", "", body, flags=re.MULTILINE)
         if any(map(is_ours, plain.splitlines())):
             yield Block(page, plain)
+
+
+def yaml_blocks(page: str) -> Iterator[str]:
+    """What a page shows to be written into a file."""
+    text = TEXTS[page]
+    yield from (body for _, language, body in _FENCE.findall(text) if language == "yaml")
+    for body in _INDENTED.findall(_FENCE.sub("", text) + "\n"):
+        plain = textwrap.dedent(body)
+        if re.match(r"\w+:( \{|\n)", plain):
+            yield plain
 
 
 def spans(page: str) -> Iterator[str]:

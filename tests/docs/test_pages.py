@@ -6,20 +6,32 @@ import fnmatch
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from pages import PAGES, TEXTS, spans
+import yaml
+from pages import PAGES, TEXTS, spans, yaml_blocks
 from parts import REPOSITORY, missing
 
+from slurmkit.config.schema import TrainConfig
+from slurmkit.config.section import ValidationError
 from slurmkit.job.reference import pages
+from slurmkit.job.site import SiteFile
+from slurmkit.job.spec import JobSpec
 
 _SECTIONS = ("grpo", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 # Keys of NeMo RL that slurmkit has no place for: the table of docs/environments.md that says so.
 _THEIRS = re.compile(r"\| there \| here \|\n(?:\|.*\n)+")
+# What a file of a kind may hold besides.
+_BESIDE = {
+    TrainConfig: ("defaults",),
+    JobSpec: ("overrides", "results_dir", "profile", "profiles", "templates"),
+    SiteFile: (),
+}
 
 
 @cache
@@ -44,6 +56,21 @@ def test_every_key_that_a_page_names_is_a_key(page: str) -> None:
     # data.train may be a list, and stands for both; a mapping's keys are its own.
     unknown = {key for key in unknown if not re.match(r"data\.\*|policy\.generation\.vllm_kwargs\.", key)}
     assert not unknown
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if any(yaml_blocks(page))])
+def test_every_file_that_a_page_shows_has_keys_that_there_are_and_values_that_fit(page: str) -> None:
+    for block in yaml_blocks(page):
+        data = yaml.safe_load(block)
+        kinds = [
+            kind for kind in (TrainConfig, JobSpec, SiteFile) if data.keys() <= {*kind.model_fields, *_BESIDE[kind]}
+        ]
+        assert kinds, f"no file has all of {', '.join(data)}"
+        given = {key: value for key, value in data.items() if key in kinds[0].model_fields}
+        with pytest.raises(ValidationError) if kinds[0] is not SiteFile else nullcontext() as refused:
+            kinds[0].model_validate(given)  # a whole file has more than a page shows of it
+        problems = [] if refused is None else refused.value.problems
+        assert [problem for problem in problems if problem.kind in ("unknown", "type")] == []
 
 
 @pytest.mark.parametrize("page", TEXTS)
