@@ -119,6 +119,11 @@ class Key:
         return dict(self.default) if isinstance(self.default, dict) else self.default
 
     @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is _REQUIRED
+
+    @property
     def annotation(self) -> Any:
         """The key's type, its validators included."""
         return self.section._types()[self.name]
