@@ -1,9 +1,12 @@
-"""A run in W&B: the figures, the conversations and the job's files, of all attempts in one run."""
+"""A run in W&B: the figures, the conversations and the job's files, of all attempts in one run, and its upload."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ from typing import Any
 import pytest
 from driver import CANARY
 from groups import group
+from parts import SLURMKIT
 from tiny import tiny_config
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb_files import records
+from wandb_server import WandbServer, wandb_server
 
 from slurmkit.envs.environment import Message, ToolCall
 from slurmkit.grpo import wandb_run
@@ -196,3 +201,73 @@ def test_a_table_has_its_bounds_however_long_and_many_the_conversations_are(
     write_lines(tmp_path / "many.jsonl", [{**line, "messages": []}] * 100)
     shown.show("val", tmp_path / "many.jsonl")
     assert len(shown._shown["val:conversations"]) == wandb_run._ROWS
+
+
+def sync(run: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    kept |= {"HOME": str(run.parent), "NETRC": str(run.parent / "none")}
+    return subprocess.run(
+        [SLURMKIT, "sync", run.name, *options],
+        cwd=run.parent.parent,
+        env={**kept, "SLURMKIT_RESULTS_DIR": str(run.parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[WandbServer]:
+    with wandb_server(KEY) as made:
+        yield made
+
+
+def test_what_would_be_uploaded_is_said_and_a_key_is_asked_for_before_anything_is(logged: Path) -> None:
+    run_id = (logged / "wandb/run_id").read_text()
+    told = sync(logged, "--dry-run")
+    assert (told.returncode, told.stderr) == (0, "")
+    first, second = told.stdout.splitlines()
+    for line, folder in zip((first, second), sorted((logged / "wandb").glob("offline-run-*")), strict=True):
+        assert line.startswith(f"would upload {folder} (")
+        assert line.endswith(f"to the run {run_id}")
+    refused = sync(logged)
+    assert refused.returncode == 2
+    assert "there is neither WANDB_API_KEY nor" in refused.stderr
+
+
+def test_a_key_that_is_refused_is_a_failure_that_names_what_did_not_go_and_never_the_key(
+    logged: Path, server: WandbServer
+) -> None:
+    other = "c9" * 20
+    done = sync(logged, WANDB_API_KEY=other, WANDB_BASE_URL=server.url)
+    assert done.returncode == 1
+    assert "error: not uploaded, see above" in done.stderr
+    assert done.stderr.count("offline-run-") >= 2
+    assert other not in done.stdout + done.stderr
+    assert not server.runs
+
+
+def test_sync_uploads_all_attempts_in_order_to_one_run_and_nothing_twice(logged: Path, server: WandbServer) -> None:
+    run_id = (logged / "wandb/run_id").read_text()
+    done = sync(logged, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert done.returncode == 0, done.stderr
+    assert KEY not in done.stdout + done.stderr
+    assert {each["name"] for each in server.runs} == {run_id}
+    assert all(sorted(each["tags"]) == sorted(TAGS) for each in server.runs if each["tags"])
+    assert any(each["tags"] for each in server.runs)
+    assert [each["artifactCollectionName"] for each in server.artifacts].count(f"slurmkit-{run_id}") == 2
+    assert {name for name, _ in server.lines} == {run_id}
+    assert [line["_step"] for _, line in server.lines] == [0, 1, 2, 2, 3]
+    tables = [line["val:conversations"]["path"] for _, line in server.lines if "val:conversations" in line]
+    assert len(tables) == 4
+    assert set(tables) <= server.files
+    again = sync(logged, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert (again.returncode, again.stdout) == (0, "2 uploaded before\n")
+
+
+def test_a_run_that_logged_nothing_offline_is_refused_with_the_reason(tmp_path: Path) -> None:
+    run = tmp_path / "results" / "plain"
+    (run / "attempts").mkdir(parents=True)
+    refused = sync(run)
+    assert refused.returncode == 2
+    assert "plain has nothing offline to upload: it did not log to W&B (logger.wandb_enabled)" in refused.stderr
