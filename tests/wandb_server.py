@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: WandbServer
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         kind, _, told = self.headers.get("Authorization", "").partition(" ")
         if kind != "Basic" or base64.b64decode(told).decode() != f"api:{self.server.key}":
             self._send(401, {"error": "no such key"})
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.lines.append((found[1], json.loads(line)))
             self._send(200, {})
         else:
-            self._send(200, {"data": self.server.answer(body["operationName"], body.get("variables") or {})})
+            self._send(200, {"data": self.server.answer(body.get("operationName", ""), body.get("variables") or {})})
 
     def do_PUT(self) -> None:
         self.server.files.add(self.path.removeprefix("/storage/"))

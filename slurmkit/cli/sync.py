@@ -26,11 +26,14 @@ def command(runs: tuple[Path, ...], dry_run: bool) -> None:
                 f"{state.name} is {state.state}, and what it logs is not whole: upload it when it has ended"
             )
     found = [each for run in runs for each in offline_runs(run)]
-    due = [each for each in found if not each.is_uploaded]
+    due = [each for each in found if each.is_due]
+    for each in found:
+        if each.is_empty:
+            click.echo(f"left out {each.file.parent}: its attempt was killed before W&B wrote anything")
     for each in due:
         verb = "would upload" if dry_run else "uploads"
         click.echo(f"{verb} {each.file.parent} ({each.num_bytes / 1e6:.1f} MB) to the run {each.id}")
-    if len(due) < len(found):
-        click.echo(f"{len(found) - len(due)} uploaded before")
+    if before := sum(each.is_uploaded for each in found):
+        click.echo(f"{before} uploaded before")
     if due and not dry_run:
         upload(due)

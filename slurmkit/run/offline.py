@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from slurmkit.errors import Failure, UserError
 
+_HEADER = 7
+"""Bytes that a .wandb file begins with. The rest comes in blocks, which the end of W&B's own process may precede."""
+
 
 class OfflineRun(NamedTuple):
     """One attempt's."""
@@ -21,7 +24,14 @@ class OfflineRun(NamedTuple):
     """The run in W&B: the same for all attempts."""
     num_bytes: int
     """With the tables and files that go with it."""
+    is_empty: bool
+    """Killed, with W&B's own process, before that wrote anything."""
     is_uploaded: bool
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is something to upload."""
+        return not (self.is_empty or self.is_uploaded)
 
 
 def offline_runs(run: Path) -> list[OfflineRun]:
@@ -31,6 +41,7 @@ def offline_runs(run: Path) -> list[OfflineRun]:
             file,
             file.stem.removeprefix("run-"),
             sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            file.stat().st_size <= _HEADER,
             file.with_suffix(".wandb.synced").exists(),
         )
         for folder in sorted((run / "wandb").glob("offline-run-*"))  # named after the second in which they began

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,10 +22,12 @@ from wandb_files import records
 from wandb_server import WandbServer, wandb_server
 
 from slurmkit.envs.environment import Message, ToolCall
+from slurmkit.errors import UserError
 from slurmkit.grpo import wandb_run
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.sample_files import write_lines
 from slurmkit.grpo.validation import write_transcripts
+from slurmkit.run.offline import upload
 
 KEY = "b7" * 20
 TAGS = ["sums", "a second one"]
@@ -271,3 +274,39 @@ def test_a_run_that_logged_nothing_offline_is_refused_with_the_reason(tmp_path: 
     refused = sync(run)
     assert refused.returncode == 2
     assert "plain has nothing offline to upload: it did not log to W&B (logger.wandb_enabled)" in refused.stderr
+
+
+def test_an_attempt_that_was_killed_before_wandb_wrote_anything_keeps_no_other_from_being_uploaded(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "results" / "killed"
+    (run / "attempts").mkdir(parents=True)
+    # What W&B's process leaves that is killed within its first 32 KiB, and what one that was not.
+    for moment, content in (("1", b":W&B\0\0"), ("2", b":W&B\0\0" + bytes(100))):
+        folder = run / f"wandb/offline-run-2026010{moment}_000000-ab12"
+        folder.mkdir(parents=True)
+        (folder / "run-ab12.wandb").write_bytes(content)
+    first, second = sync(run, "--dry-run").stdout.splitlines()
+    assert first.startswith("left out ")
+    assert first.endswith("offline-run-20260101_000000-ab12: its attempt was killed before W&B wrote anything")
+    assert second.startswith("would upload ")
+    assert "20260102" in second
+
+
+def test_a_run_that_is_still_being_written_is_not_uploaded(tmp_path: Path) -> None:
+    attempt = tmp_path / "results" / "busy" / "attempts" / "local-1"
+    attempt.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", "input()  # slurmkit run"], stdin=subprocess.PIPE) as process:
+        start = {"local": "local-1", "attempt": 1, "pid": process.pid, "nodes": "here", "started": int(time.time())}
+        (attempt / "start.json").write_text(json.dumps({**start, "previous": None}))
+        refused = sync(attempt.parents[1])
+        assert process.stdin is not None
+        process.stdin.close()
+    assert refused.returncode == 2
+    assert "busy is running, and what it logs is not whole: upload it when it has ended" in refused.stderr
+
+
+def test_without_wandb_the_upload_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb is not installed here, and uploading takes it: slurmkit\[train\]"):
+        upload([])
