@@ -13,7 +13,7 @@ from typing import NamedTuple
 from slurmkit.errors import Failure, UserError
 
 _HEADER = 7
-"""Bytes that a .wandb file begins with. The rest comes in blocks, which the end of W&B's own process may precede."""
+"""Bytes that a .wandb file begins with. The rest comes seconds later, which W&B's own process may not live to see."""
 
 
 class OfflineRun(NamedTuple):

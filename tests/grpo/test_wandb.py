@@ -281,7 +281,7 @@ def test_an_attempt_that_was_killed_before_wandb_wrote_anything_keeps_no_other_f
 ) -> None:
     run = tmp_path / "results" / "killed"
     (run / "attempts").mkdir(parents=True)
-    # What W&B's process leaves that is killed within its first 32 KiB, and what one that was not.
+    # What W&B's process leaves that is killed in its first seconds, and what one that was not.
     for moment, content in (("1", b":W&B\0\0"), ("2", b":W&B\0\0" + bytes(100))):
         folder = run / f"wandb/offline-run-2026010{moment}_000000-ab12"
         folder.mkdir(parents=True)
