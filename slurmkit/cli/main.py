@@ -22,6 +22,7 @@ _COMMANDS = {
     "watch": "Watch one run until it ends, and exit with its code.",
     "report": "Write one page of a run, or of several beside each other.",
     "usage": "Tell what a run has used up, and how much of it for its steps.",
+    "sync": "Upload what runs have logged for W&B offline.",
     "export": "Write a checkpoint's model to a folder that transformers and vLLM open.",
     "evaluate": "Tell whether training helped: an environment's validation, or BFCL v3.",
     "render": "Print or write the sbatch file that submit would submit.",

@@ -26,6 +26,7 @@ _VALIDATION = (
     *("broken_episodes", "prompts_too_long"),
     *_CONVERSATION,
 )
+_MATH = ("verifier_failures",)
 _PHASES = ("rollout", "update", "weights", "other", "step")
 _RATES = (
     *("samples_per_sec_per_gpu", "tokens_per_sec_per_gpu", "generation_tokens_per_sec_per_gpu"),
@@ -42,9 +43,11 @@ def computed(config: TrainConfig) -> tuple[str, ...]:
         "kl_penalty": loss_fn.kl_penalty_in_loss or loss_fn.use_kl_in_reward,
         "is_oob_ratio": loss_fn.truncated_importance_sampling_type,
     }
+    counted = _MATH if config.env.name == "math" else ()
     return (
-        *(f"train:{name}" for name in (*_ROLLOUT, *_UPDATE, *(name for name, value in asked.items() if value))),
-        *(f"val:{name}" for name in (*_VALIDATION, *(f"pass@{k}" for k in config.grpo.pass_at))),
+        *(f"train:{name}" for name in (*_ROLLOUT, *counted, *_UPDATE)),
+        *(f"train:{name}" for name, value in asked.items() if value),
+        *(f"val:{name}" for name in (*_VALIDATION, *counted, *(f"pass@{k}" for k in config.grpo.pass_at))),
         *(f"time:{name}" for name in _PHASES),
         *(f"perf:{name}" for name in _RATES),
     )

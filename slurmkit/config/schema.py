@@ -52,13 +52,27 @@ class Checkpointing(Section):
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def _tag(text: str) -> str:
+    if not 1 <= len(text) <= 64:
+        raise ValueError(f"a tag of W&B has 1 to 64 characters, this one has {len(text)}")
+    return text
+
+
 class Wandb(Section):
     project: str = "slurmkit"
     """W&B project."""
     name: str | None = None
     """W&B run name; null lets W&B choose."""
+    entity: str | None = None
+    """W&B team or user; null is the key's own."""
+    tags: tuple[Annotated[str, AfterValidator(_tag)], ...] = ()
+    """Words to find the run by. Those of a later attempt take the place of the earlier ones'."""
+    group: str | None = None
+    """Runs that belong together, such as the seeds of one experiment."""
+    notes: str | None = None
+    """A sentence or two on what the run is for."""
     mode: Literal["online", "offline"] = "online"
-    """offline writes to the run directory only; `wandb sync` uploads it later."""
+    """offline writes to the run directory only; `slurmkit sync` uploads it later."""
 
 
 class Logger(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -86,6 +86,8 @@ class Score:
 
     reward: float
     correct: bool
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What else the environment counted. metrics.jsonl has the sum over a step's episodes as train: and val: NAME."""
 
 
 class Environment(Protocol):

@@ -10,7 +10,7 @@ from slurmkit.envs.answers import final_answer, is_prose, number
 from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource
 from slurmkit.envs.rows import Row, read_rows
 from slurmkit.envs.tasks import read_sources
-from slurmkit.envs.verifier import Verifier
+from slurmkit.envs.verifier import FAILED, Verifier
 from slurmkit.errors import UserError
 
 
@@ -53,6 +53,7 @@ class _Episode:
     async def score(self) -> Score:
         answer = final_answer(self._reply)
         found, right = number(answer), number(self._truth)
+        has_failed = False
         if found is not None and right is not None:
             correct = found == right
         elif not answer or answer == self._truth:
@@ -60,8 +61,9 @@ class _Episode:
         elif right is not None and not any(char.isdigit() or char == "\\" for char in answer):
             correct = False  # words: models that are still to learn the form say many
         else:
-            correct = await self._verifier.compare(answer, self._truth) == "right"
-        return Score(reward=float(correct), correct=correct)
+            verdict = await self._verifier.compare(answer, self._truth)
+            correct, has_failed = verdict == "right", verdict in FAILED
+        return Score(reward=float(correct), correct=correct, counts={"verifier_failures": float(has_failed)})
 
 
 def _task(row: Row) -> Task:

@@ -20,6 +20,8 @@ from typing import Literal
 from slurmkit.errors import UserError
 
 Verdict = Literal["right", "wrong", "timed out", "crashed"]
+FAILED: tuple[Verdict, ...] = ("timed out", "crashed")
+"""No verdict of math-verify's: the pair counts as wrong."""
 
 _MEMORY = 1 << 30
 """Bytes of address space of a process, which needs 0.06 GiB itself."""
@@ -96,7 +98,7 @@ class Verifier:
                 self._known.pop((answer, truth), None)
                 found.set_exception(RuntimeError(f"math-verify cannot be asked: {error}"))
                 continue
-            if verdict in ("timed out", "crashed"):
+            if verdict in FAILED:
                 process.end()
                 process = None
             self._note(verdict, answer, truth)
@@ -107,7 +109,7 @@ class Verifier:
     def _note(self, verdict: Verdict, answer: str, truth: str) -> None:
         with self._lock:
             self._num_waiting -= 1
-            if verdict not in ("timed out", "crashed"):
+            if verdict not in FAILED:
                 return
             self.failures[verdict] += 1
             count = self.failures[verdict]

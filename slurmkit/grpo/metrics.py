@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import Failure
 from slurmkit.grpo.interrupt import Interrupted
+from slurmkit.grpo.wandb_run import WandbRun
 
 _SHOWN = (
     ("train:reward_mean", "reward {:.3f}"),
@@ -42,7 +42,7 @@ class RunLog:
         else:
             self._forget_after(resume_after)
         self._file = self._path.open("ab", buffering=0)
-        self._wandb = _wandb_run(run_directory, config) if config.logger.wandb_enabled else None
+        self._wandb = WandbRun(run_directory, config) if config.logger.wandb_enabled else None
         logs_events = config.logger.tensorboard_enabled
         self._tensorboard = _tensorboard_writer(run_directory, resume_after) if logs_events else None
 
@@ -73,10 +73,15 @@ class RunLog:
         shown = [form.format(metrics[name]) for name, form in _SHOWN if name in metrics]
         say(f"step {step}/{self._last_step}  " + "  ".join(shown))
         if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log(step, metrics)
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+    def show(self, name: str, path: Path) -> None:
+        """Let people see the conversations that a step has just kept, `name` being `train` or `val`."""
+        if self._wandb is not None:
+            self._wandb.show(name, path)
 
     def flush(self) -> None:
         """Have all lines on the disk: a checkpoint must not outlive the lines before it."""
@@ -141,29 +146,3 @@ def _tensorboard_writer(run_directory: Path, resume_after: int | None) -> Any:
 
     # What was logged of steps that are about to be made again, or of another run in this folder, does not count.
     return SummaryWriter(run_directory / "tensorboard", purge_step=0 if resume_after is None else resume_after + 1)
-
-
-def _wandb_run(run_directory: Path, config: TrainConfig) -> Any:
-    import wandb
-
-    folder = run_directory / "wandb"
-    folder.mkdir(exist_ok=True)
-    # In the run directory and not in a checkpoint: an attempt that dies before its first save is the same run, too.
-    id_file = folder / "run_id"
-    if not id_file.exists():
-        beside = id_file.with_name(".run_id.unfinished")
-        beside.write_text(secrets.token_hex(4))
-        os.replace(beside, id_file)
-    return wandb.init(
-        project=config.logger.wandb.project,
-        name=config.logger.wandb.name,
-        mode=config.logger.wandb.mode,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=run_directory,
-        config=config.model_dump(mode="json"),
-        # Nothing of the machine or its environment: the command line and the git state may hold what is private.
-        settings=wandb.Settings(
-            console="off", disable_git=True, disable_code=True, x_disable_meta=True, x_disable_stats=True, silent=True
-        ),
-    )

@@ -23,8 +23,10 @@ _DIGITS = 4
 
 def write_samples(
     run_directory: Path, step: int, samples: Sequence[Sample], episodes: Mapping[int, Episode], chat: Chat, count: int
-) -> None:
+) -> Path:
     """Write `count` episodes of a step: of each group that teaches something the best and the worst, then others.
+
+    Returns the path of the file.
 
     `episodes` are those of the samples by their `rollout_id`. Failure where the file cannot be written.
     """
@@ -49,7 +51,9 @@ def write_samples(
         }
         for number in chosen
     )
-    write_lines(run_directory / "samples" / f"step_{step}.jsonl", lines)
+    path = run_directory / "samples" / f"step_{step}.jsonl"
+    write_lines(path, lines)
+    return path
 
 
 def _as_json(sample: Sample, chat: Chat) -> dict[str, Any]:

@@ -117,8 +117,10 @@ def without_truncated(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def score_metrics(prefix: str, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Rewards, lengths and ends of one episode or more, with their names in metrics.jsonl."""
+    """Rewards, lengths and ends of one episode or more, and what their environments counted, by name."""
+    counted = dict.fromkeys(name for each in episodes for name in each.score.counts)
     return {
+        **{f"{prefix}:{name}": sum(each.score.counts.get(name, 0.0) for each in episodes) for name in counted},
         f"{prefix}:reward_mean": statistics.fmean(each.score.reward for each in episodes),
         f"{prefix}:reward_std": float(numpy.std([each.score.reward for each in episodes])),
         f"{prefix}:accuracy": statistics.fmean(each.score.correct for each in episodes),

@@ -230,7 +230,8 @@ class Trainer:
                     saving = saving or (self.config.checkpointing.enabled and is_good_enough(metrics, self.config.grpo))
                 if (saving or validating) and (count := self.config.logger.num_train_samples):
                     folder = Path(self.config.checkpointing.checkpoint_dir)
-                    write_samples(folder, step, samples, by_rollout(groups), self.chat, count)
+                    kept = write_samples(folder, step, samples, by_rollout(groups), self.chat, count)
+                    self.log.show("train", kept)
                 check_finite(step, metrics)
                 has_signal = metrics["train:groups_with_signal"] > 0
                 self.state = replace(
@@ -342,7 +343,8 @@ class Trainer:
         )
         metrics = validation_metrics(groups, self.config.grpo)
         if kept := groups[: self.config.logger.num_val_transcripts]:
-            write_transcripts(Path(self.config.checkpointing.checkpoint_dir), step, kept)
+            folder = Path(self.config.checkpointing.checkpoint_dir)
+            self.log.show("val", write_transcripts(folder, step, kept))
         return metrics
 
     def is_over(self, rollouts: Rollouts) -> bool:

@@ -51,8 +51,8 @@ def validation_metrics(groups: Sequence[Group], grpo: Grpo) -> dict[str, float]:
     return metrics
 
 
-def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -> None:
-    """Write validation/step_N.jsonl: a line for each episode of `groups`.
+def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -> Path:
+    """Write validation/step_N.jsonl, a line for each episode of `groups`; its path.
 
     Failure where that cannot be written.
     """
@@ -69,6 +69,7 @@ def write_transcripts(run_directory: Path, step: int, groups: Sequence[Group]) -
         for episode in group.episodes
     ]
     write_lines(path, lines)
+    return path
 
 
 def _said(message: Message) -> dict[str, Any]:

@@ -171,6 +171,10 @@ FLAGS = [
     ),
     ("--config example.yaml loss_fn=3", "loss_fn: should be a valid dictionary or instance of LossFn, not 3"),
     ("--config example.yaml logger.wandb.mode=off", "logger.wandb.mode: should be 'online' or 'offline'"),
+    (
+        f"--config example.yaml logger.wandb.tags=[sums,{'x' * 65}]",
+        "logger.wandb.tags.1: a tag of W&B has 1 to 64 characters, this one has 65",
+    ),
 ]
 
 # A run file, and what it is told.

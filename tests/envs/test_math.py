@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from random import Random
@@ -15,6 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from groups import episode
 from parts import need_shared_data
 
 from slurmkit.config.data import Data, MathEnv
@@ -22,6 +24,7 @@ from slurmkit.envs.answers import final_answer, is_prose, number
 from slurmkit.envs.environment import Message, Score, Task
 from slurmkit.envs.math import Math
 from slurmkit.errors import UserError
+from slurmkit.grpo.selection import score_metrics
 
 DAPO = {"input_key": "prompt", "output_key": "reward_model.ground_truth"}
 
@@ -127,6 +130,23 @@ def test_an_expression_is_right_where_it_is_the_same_thing_and_numbers_ask_nobod
     ]
     assert asyncio.run(rewards(*pairs)) == [1] * 7 + [0] * 3
     domain._verifier.close()
+
+
+def test_answers_that_math_verify_gave_no_verdict_on_are_counted_episode_by_episode(tmp_path: Path) -> None:
+    rows = jsonl(tmp_path / "rows.jsonl", {"question": "?", "answer": "1"})
+    data = Data.model_validate({"train": {"data_path": str(rows)}})
+    domain = Math(MathEnv(num_workers=1, verify_timeout_seconds=1.0), data)
+    replies = [r"\boxed{9^{9^{9^{9}}}}", "#### 3", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\pi}", "none"]
+
+    async def scores() -> list[Score]:
+        return [await judge(domain, "3", reply) for reply in replies]
+
+    judged = asyncio.run(scores())
+    domain._verifier.close()
+    assert [score.counts for score in judged] == [{"verifier_failures": failures} for failures in (1, 0, 1, 0, 0)]
+    episodes = [replace(episode(score.reward), score=score) for score in judged]
+    for prefix in ("train", "val"):
+        assert score_metrics(prefix, episodes)[f"{prefix}:verifier_failures"] == 2
 
 
 def test_rows_in_dapo_s_format_are_read_as_they_are_from_every_kind_of_file(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def test_wandb_has_the_run_and_nothing_of_the_environment(whole: Run) -> None:
     files = [path for path in (whole.folder / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.suffix == ".wandb" for path in files)
     content = b"".join(path.read_bytes() for path in files)
-    assert b"val:accuracy" in content
+    for name in (b"val:accuracy", b"val:conversations", b"train:conversations"):
+        assert name in content
     assert CANARY.encode() not in content
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from driver import TINY, Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
 from tiny import make_tiny_model, tiny_config
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_files import records
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import UserError
@@ -137,20 +137,9 @@ def logged(folder: Path, step: int) -> dict[str, Any]:
 def exit_code_in_wandb(folder: Path) -> int:
     """What the newest attempt told W&B of its end."""
     (path,) = max((folder / "wandb").glob("offline-run-*"), key=os.path.getmtime).glob("*.wandb")
-    # LevelDB's log format: 7 bytes, then blocks of 32 KiB of records that may be cut in pieces.
-    data, position, record = path.read_bytes(), 7, b""
-    while position < len(data):
-        if (rest := 32768 - position % 32768) < 7:
-            position += rest
-            continue
-        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        record += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # the whole of one, or the last piece
-            message = Record.FromString(record)
-            if message.WhichOneof("record_type") == "exit":
-                return int(message.exit.exit_code)
-            record = b""
+    for record in records(path):
+        if record.WhichOneof("record_type") == "exit":
+            return int(record.exit.exit_code)
     raise AssertionError("W&B was not told")
 
 

@@ -142,6 +142,8 @@ def test_secrets_reach_the_driver_and_ray_s_workers_and_leave_no_trace(
     wait_for_end(plain_cluster, job_id)
     assert plain_cluster.ended(job_id).startswith("CANCELLED")
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    kept = [path.read_bytes() for path in run_dir.glob("wandb/data/artifacts/staging/*") if path.is_file()]
+    assert (run_dir / "job.sbatch").read_bytes() in kept, "what is uploaded is searched"
     assert traces.everywhere(canaries, running=False) == expected
     assert open_to_others(run_dir) == []
 
