@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def dapo_files(tmp_path: Path) -> tuple[str, ...]:
 @pytest.fixture
 def workplace_files() -> tuple[str, ...]:
     path = need_shared_data("workplace_gym/example.jsonl")
-    return f"data.train.data_path={path}", f"data.validation.data_path={path}"
+    data = f"data.train.data_path={path}", f"data.validation.data_path={path}"
+    return *data, f"env.workplace.databases={path.parent}"
 
 
 def settled(config: Path, nodes: int, overrides: tuple[str, ...], here: Path) -> tuple[TrainConfig, str]:
@@ -78,7 +80,7 @@ def test_dapo_17k_on_eight_nodes_settles_renders_and_lays_out_its_ranks(
 def test_the_workplace_assistant_on_one_node_settles_renders_and_lays_out_its_ranks(
     workplace_files: tuple[str, ...], tmp_path: Path
 ) -> None:
-    train, script = settled(WORKPLACE, 1, (*workplace_files, *UNTIL_IT_IS_THERE), tmp_path)
+    train, script = settled(WORKPLACE, 1, workplace_files, tmp_path)
     assert "#SBATCH --nodes=1\n" in script
     assert (train.num_ranks, train.num_data_parallel_ranks) == (8, 8)
     assert train.policy.train_global_batch_size // train.num_data_parallel_ranks == 128
@@ -92,6 +94,15 @@ def test_rows_of_dapo_17k_are_the_example_s_tasks(dapo_files: tuple[str, ...], t
     task = domain.train_tasks[0]
     assert task.messages == (Message("user", task.question),)
     assert task.answer == "18"
+
+
+def test_rows_of_nemo_gym_are_the_workplace_example_s_tasks(workplace_files: tuple[str, ...], tmp_path: Path) -> None:
+    train, _ = settled(WORKPLACE, 1, workplace_files, tmp_path)
+    domain = make_domain(train)
+    assert len(domain.train_tasks) == len(domain.validation_tasks) == 5
+    opened = asyncio.run(domain.environment().start(domain.train_tasks[0]))  # type: ignore[union-attr]
+    assert [message.role for message in opened.messages] == ["system", "user"]
+    assert len(opened.tools) == 27
 
 
 # The values of NeMo RL's own files, commits 2311de495^ and 7ea279abf.
@@ -120,7 +131,9 @@ BOTH: dict[str, Any] = {
     "policy.optimizer.kwargs.weight_decay": 0.01,
     "policy.generation.backend": "vllm",
     "policy.generation.temperature": 1.0,
+    "policy.generation.colocated.enabled": True,
     "policy.generation.vllm_cfg.gpu_memory_utilization": 0.8,
+    "policy.generation.vllm_cfg.tensor_parallel_size": 1,
     "logger.wandb_enabled": True,
     "cluster.gpus_per_node": 8,
 }
@@ -144,8 +157,8 @@ OF_WORKPLACE: dict[str, Any] = {
 
 @pytest.mark.parametrize(("config", "own"), [(DAPO, OF_DAPO), (WORKPLACE, OF_WORKPLACE)], ids=["dapo", "workplace"])
 def test_an_example_has_the_original_s_values(config: Path, own: dict[str, Any]) -> None:
-    paths = ("data.train.data_path=a.jsonl", "data.validation.data_path=b.jsonl")
-    train = validate(TrainConfig, read_config(config, (*paths, *(UNTIL_IT_IS_THERE if config == WORKPLACE else ()))))
+    paths = ("data.train.data_path=a.jsonl", "data.validation.data_path=b.jsonl", "env.workplace.databases=c")
+    train = validate(TrainConfig, read_config(config, paths))
 
     def value(key: str) -> Any:
         found: Any = train.model_dump()
@@ -161,7 +174,3 @@ def test_an_example_has_the_original_s_values(config: Path, own: dict[str, Any])
 def test_an_example_without_its_data_says_which_key_is_missing(config: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train\.data_path"):
         settle(Request(config=config, flags={"gres": "gpu:8"}), tmp_path)
-
-
-# env.name workplace is another branch's.
-UNTIL_IT_IS_THERE = ("env.name=math",)
