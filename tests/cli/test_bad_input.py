@@ -159,7 +159,10 @@ FLAGS = [
         "--config example.yaml checkpointing.keep_top_k=0",
         "checkpointing.keep_top_k: should be greater than or equal to 1",
     ),
-    ("--config example.yaml env.name=chess", "env.name: should be 'arithmetic', 'math', 'workplace' or 'gym', not 'chess'"),
+    (
+        "--config example.yaml env.name=chess",
+        "env.name: should be 'arithmetic', 'math', 'workplace' or 'gym', not 'chess'",
+    ),
     (
         "--config example.yaml env.name=math",
         "env.name math reads its tasks: data.train.data_path must name a JSONL file",
