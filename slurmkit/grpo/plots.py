@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
 from slurmkit.grpo.metrics import say
 
 _TIMEOUT_SECONDS = 120.0
+# A drawing takes some seconds of a processor that the training may need as well.
+_PAUSE_SECONDS = 30.0
 
 
 class Plots:
@@ -18,10 +21,13 @@ class Plots:
     def __init__(self, run_directory: Path) -> None:
         self._run_directory = run_directory
         self._drawing: asyncio.Task[None] | None = None
+        self._not_before = 0.0
 
     def redraw(self) -> None:
-        """Start drawing and return at once. While one drawing goes on no other is started: a later one sees more."""
-        if self._drawing is None or self._drawing.done():
+        """Start drawing and return at once; not while one goes on, and half a minute after it began: a later one sees
+        more."""
+        if time.monotonic() >= self._not_before and (self._drawing is None or self._drawing.done()):
+            self._not_before = time.monotonic() + _PAUSE_SECONDS
             self._drawing = asyncio.create_task(self._draw())
 
     async def _draw(self) -> None:
