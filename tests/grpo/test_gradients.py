@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from groups import completion
+from groups import completion, conversation
 from tabular import (
     EPISODES,
     NUM_TOKENS,
@@ -26,7 +26,7 @@ from tabular import (
 )
 
 from slurmkit.config.algorithm import Grpo, LossFn
-from slurmkit.envs.environment import Score, Task
+from slurmkit.envs.environment import Task
 from slurmkit.grpo.advantage import advantages
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.loss import policy_loss
@@ -348,7 +348,7 @@ def test_the_kl_in_the_reward_has_the_gradient_of_the_whole_episodes_kl() -> Non
 
 def an_episode(episode: tuple[int, ...], table: Table) -> Episode:
     sampled = completion(episode, token_logprobs(table, episode).tolist())
-    return Episode(Task("t", "", ""), (0,), sampled, 1.0, Score(REWARD[episode], correct=False))
+    return conversation(REWARD[episode], sampled, prompt=(0,), correct=False)
 
 
 def estimated_over_groups(table: Table, rewards: dict[tuple[int, ...], float], size: int, grpo: Grpo) -> torch.Tensor:
