@@ -32,11 +32,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(APART, id="torch apart"),
+        pytest.param((*APART, "policy.generation.weight_transfer=disk"), id="torch apart, by disk"),
         pytest.param((*APART, *TWO_PROCESSES), id="vllm apart, on two processes"),
-        pytest.param(
-            ("cluster.num_nodes=2", "policy.generation.weight_transfer=disk", "grpo.max_num_steps=3"), id="disk"
-        ),
         pytest.param(("cluster.num_nodes=2", "grpo.max_num_steps=3"), id="memory and broadcast"),
     ],
 )
