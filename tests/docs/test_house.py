@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import yaml
-from pages import TEXTS
+from documentation import TEXTS
 from parts import REPOSITORY
 
 from slurmkit import __version__

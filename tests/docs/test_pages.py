@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import PAGES, TEXTS, spans, yaml_blocks
+from documentation import PAGES, TEXTS, spans, yaml_blocks
 from parts import REPOSITORY, missing
 
 from slurmkit.config.schema import TrainConfig

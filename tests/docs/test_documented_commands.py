@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from pages import TEXTS, is_ours, shell_blocks, spans
+from documentation import TEXTS, is_ours, shell_blocks, spans
 from parts import REPOSITORY, SLURMKIT
 from runs import Made
 
