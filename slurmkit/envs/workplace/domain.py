@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from slurmkit.config.data import Data, DataSource, WorkplaceEnv
 from slurmkit.envs.environment import Message, Opening, Score, Task, TaskSource, Tool, ToolCall
-from slurmkit.envs.tasks import hold_out, side_by_side
+from slurmkit.envs.tasks import read_sources
 from slurmkit.envs.workplace.company import make_world
 from slurmkit.envs.workplace.desk import Desk, as_text
 from slurmkit.envs.workplace.scoring import Call, end_state, reward
@@ -42,35 +42,23 @@ class Workplace:
         self.world = make_world(config.world_seed) if config.databases is None else World.read(Path(config.databases))
         self.start = Desk(self.world).tables
         tool_sets = ToolSets()
-        problems: list[str] = []
 
         def read(key: str, source: DataSource) -> list[Task]:
-            try:
-                found = list(read_tasks(source, key, self.world, tool_sets))
-            except UserError as error:
-                problems.append(str(error))
-                return []
+            found = list(read_tasks(source, key, self.world, tool_sets))
             tasks = [each for each in found if isinstance(each, Task)]
             bad = [str(each) for each in found if isinstance(each, UserError)]
             more = [f"{source.data_path}: {len(bad) - _NAMED} more bad rows"] if len(bad) > _NAMED else []
-            if config.skip_bad_rows and tasks:
-                for line in [*bad[:_NAMED], *more]:
-                    print(f"left out: {line}", file=sys.stderr)
-            else:
-                problems.extend([*bad[:_NAMED], *more])
+            told = [*bad[:_NAMED], *more]
+            if told and not (config.skip_bad_rows and tasks):
+                raise UserError("\n".join(told))
+            for line in told:
+                print(f"left out: {line}", file=sys.stderr)
             return tasks
 
-        train, held_out = [], []
-        for key, source in data.train_sources.items():
-            tasks, others = hold_out(read(key, source), source.split_validation_size, source.seed)
-            train.append(TaskSource(tasks, source.weight or len(tasks)))
-            held_out.append(others)
-        held_out += [read(key, each) for key, each in data.validation_sources.items() if each.data_path is not None]
-        if problems:
-            raise UserError("\n".join(dict.fromkeys(problems)))
+        train, held_out = read_sources(data, read)
         self.train_sources: Sequence[TaskSource] = train
         self.train_tasks: Sequence[Task] = [task for source in train for task in source.tasks]
-        self.validation_tasks: Sequence[Task] = side_by_side(held_out)
+        self.validation_tasks: Sequence[Task] = held_out
 
         @lru_cache(maxsize=_KNOWN_GOALS)
         def known(answer: str) -> _Known:
