@@ -87,7 +87,7 @@ class VllmEngine:
                     # Nothing that the model's folder says of sampling changes what is asked for.
                     "generation_config": "vllm",
                     "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
-                    "distributed_executor_backend": "mp",
+                    "distributed_executor_backend": _executor(on_cpu, settings.tensor_parallel_size),
                     "enable_sleep_mode": sleeps,
                     "tensor_parallel_size": settings.tensor_parallel_size,
                     "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
@@ -293,6 +293,15 @@ def _check_head_size(config: Any) -> None:
             f"the model's attention heads are {size} wide (head_dim): on a CPU, vLLM has kernels for "
             f"{', '.join(map(str, sizes))}; the torch engine (policy.generation.backend) takes any"
         )
+
+
+def _executor(on_cpu: bool, tensor_parallel_size: int) -> str:
+    """Where vLLM's workers run.
+
+    One on a CPU runs in the process that schedules for it: that would otherwise wait for it by spinning, on a core that
+    the worker could use. vLLM's word "uni" means another thing on a CPU, the executor's name does not.
+    """
+    return "vllm.v1.executor.uniproc_executor.UniProcExecutor" if on_cpu and tensor_parallel_size == 1 else "mp"
 
 
 def _prepare(device: str, threads: int | None, address: str, temporary: str | None) -> None:

@@ -67,13 +67,15 @@ class WorkerExtension:
 
 def _end_with(engine: int) -> None:
     """vLLM's processes notice the end of a parent that says so; of one that was killed they do not."""
+    parent = os.getppid()  # vLLM's scheduler, unless that runs in this process
     try:
         handle = os.pidfd_open(engine)
     except ProcessLookupError:
         pass
     else:
         select.select([handle], [], [])
-    os.kill(os.getppid(), signal.SIGKILL)
+    if parent != engine:
+        os.kill(parent, signal.SIGKILL)
     os._exit(1)
 
 

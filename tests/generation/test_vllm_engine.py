@@ -33,9 +33,12 @@ SETTINGS = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8
 # Starts an engine where a folder of its own takes what vLLM writes, says so, and waits.
 STARTS = """
 import asyncio, sys
+from slurmkit.config.model import VllmCfg
 from slurmkit.generation.vllm_engine import VllmEngine
 async def start():
-    engine = VllmEngine(sys.argv[1], precision="float32", max_total_length=64, max_batch_size=8, temporary=sys.argv[2])
+    given = {"precision": "float32", "max_total_length": 64, "max_batch_size": 8}
+    parallel = VllmCfg(tensor_parallel_size=int(sys.argv[3]))
+    engine = VllmEngine(sys.argv[1], temporary=sys.argv[2], settings=parallel, **given)
     print("started", flush=True)
     await asyncio.sleep(600)
 if __name__ == "__main__":
@@ -178,17 +181,20 @@ def test_an_engine_on_two_processes_samples_as_one_with_old_and_with_streamed_we
     vllm.end()
 
 
-def test_an_engine_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path) -> None:
-    model, script = make_model(tmp_path / "model"), tmp_path / "start.py"
+# Alone it runs in vLLM's scheduler's process, two have one each.
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_engine_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path, workers: int) -> None:
+    shape = SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    model, script = make_tiny_model(tmp_path / "model", **shape), tmp_path / "start.py"
     script.write_text(STARTS)
     # Sockets lie there, and a socket's path is short.
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary, nothing_left_behind():
-        command = [sys.executable, script, model, temporary]
+        command = [sys.executable, script, model, temporary, str(workers)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as engine:
             assert engine.stdout is not None
             assert "started\n" in iter(engine.stdout.readline, "")
             started = processes_of(engine.pid)
-            assert len(started) >= 2
+            assert len(started) > workers
             engine.kill()
         all_end(started)
 
