@@ -1,7 +1,10 @@
 """`python -m slurmkit.bench.generate`: sampling with one of our engines, or with transformers' own `generate`.
 
-The same random weights, prompts, lengths and threads for each, in a process of its own. Nothing ends early: with random
-weights the end token is as unlikely as any other, and tokens are counted as they come. The first round is left out.
+The same random weights, prompts, lengths and threads for each, in a process of its own. The workload is `even`, a batch
+of different prompts that are all completed to the same length; or `rollouts`, what a training step asks for: two batches
+of them, in groups of eight with one prompt, and as long as it comes, from one token to twice the mean. transformers then
+samples a batch until its longest completion is done. The lengths are given, as random weights know no end; an end token
+that is sampled all the same is counted as it comes. The first round is left out.
 """
 
 from __future__ import annotations
@@ -30,22 +33,29 @@ from slurmkit.generation.vllm_engine import VllmEngine
 
 # A round samples with the given seeds; the number of tokens that it made.
 _Round = Callable[[int], Awaitable[int]]
+_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is sampled, in each of `rounds` beside a first: `batch` completions of `new_tokens` after equal prompts."""
+    """What is sampled, in each of `rounds` beside a first: at most `batch` completions at once, of `new_tokens` in the
+    mean, after prompts of equal length."""
 
     shape: str
     side: str
+    workload: str = "even"
     batch: int = 64
-    prompt_tokens: int = 32
+    prompt_tokens: int = 128
     new_tokens: int = 64
     rounds: int = 3
     precision: str = "float32"
     device: str = "cpu"
     threads: int = len(os.sched_getaffinity(0))
     seed: int = 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.new_tokens if self.workload == "even" else 2 * self.new_tokens - 1
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -54,7 +64,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="slurmkit-bench-") as folder:
         parameters = write_model(
-            Path(folder), shape_of(settings.shape), settings.prompt_tokens + settings.new_tokens, settings.seed
+            Path(folder), shape_of(settings.shape), settings.prompt_tokens + settings.max_new_tokens, settings.seed
         )
         return {"settings": asdict(settings), "figures": asyncio.run(_rounds(Path(folder), settings, parameters))}
 
@@ -76,23 +86,29 @@ async def _rounds(folder: Path, settings: Settings, parameters: int) -> dict[str
     }
 
 
-def _prompts(settings: Settings) -> list[tuple[int, ...]]:
-    rng = numpy.random.default_rng(settings.seed)
-    return [tuple(rng.integers(256, size=settings.prompt_tokens).tolist()) for _ in range(settings.batch)]
+def _asked(settings: Settings, number: int) -> list[tuple[tuple[int, ...], int]]:
+    """A round's prompts and lengths. No two rounds have a prompt in common, which would be in a cache."""
+    rng = numpy.random.default_rng([settings.seed, number])
+    even = settings.workload == "even"
+    count, group = (settings.batch, 1) if even else (2 * settings.batch, min(_GROUP, settings.batch))
+    prompts = [tuple(rng.integers(256, size=settings.prompt_tokens).tolist()) for _ in range(-(-count // group))]
+    lengths = [settings.new_tokens] * count if even else rng.integers(1, settings.max_new_tokens + 1, count).tolist()
+    return [(prompts[index // group], length) for index, length in enumerate(lengths)]
 
 
-def _requests(prompts: Sequence[tuple[int, ...]], settings: Settings, number: int) -> dict[int, Request]:
-    first = number * settings.batch
+def _requests(settings: Settings, number: int) -> dict[int, Request]:
+    asked = _asked(settings, number)
+    first = number * len(asked)
     return {
-        first + index: Request(prompt, SamplingParams(1.0, settings.new_tokens, seed=first + index))
-        for index, prompt in enumerate(prompts)
+        first + index: Request(prompt, SamplingParams(1.0, length, seed=first + index))
+        for index, (prompt, length) in enumerate(asked)
     }
 
 
 def _engine_arguments(settings: Settings) -> dict[str, Any]:
     return {
         "precision": settings.precision,
-        "max_total_length": settings.prompt_tokens + settings.new_tokens,
+        "max_total_length": settings.prompt_tokens + settings.max_new_tokens,
         "max_batch_size": settings.batch,
         "threads": settings.threads,
         "device": settings.device,
@@ -102,40 +118,51 @@ def _engine_arguments(settings: Settings) -> dict[str, Any]:
 def _transformers(folder: Path, settings: Settings) -> _Round:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.precision))
     model = model.to(settings.device).eval()
-    prompts = torch.tensor(_prompts(settings), device=settings.device)
 
     async def sample(number: int) -> int:
         torch.manual_seed(number)
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        with torch.inference_mode():
-            found = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=settings.new_tokens, **options
-            )
-        return int((found[:, settings.prompt_tokens :] != model.config.pad_token_id).sum())
+        asked, tokens = _asked(settings, number), 0
+        for first in range(0, len(asked), settings.batch):
+            prompts, lengths = zip(*asked[first : first + settings.batch], strict=True)
+            prompts_BP = torch.tensor(prompts, device=settings.device)
+            with torch.inference_mode():
+                found_BT = model.generate(
+                    prompts_BP, attention_mask=torch.ones_like(prompts_BP), max_new_tokens=max(lengths), **options
+                )[:, settings.prompt_tokens :]
+            is_wanted_BT = torch.arange(found_BT.shape[1]) < torch.tensor(lengths)[:, None]
+            tokens += int((is_wanted_BT & (found_BT.cpu() != model.config.pad_token_id)).sum())
+        return tokens
 
     return sample
 
 
 def _torch(folder: Path, settings: Settings) -> _Round:
-    engine, prompts = TorchEngine(str(folder), **_engine_arguments(settings)), _prompts(settings)
+    engine = TorchEngine(str(folder), **_engine_arguments(settings))
 
     async def sample(number: int) -> int:
-        engine.submit(_requests(prompts, settings, number))
-        return sum(len(completion.token_ids) for completion in engine.collect().values())
+        waiting, tokens = _requests(settings, number), 0
+        engine.submit(waiting)
+        while waiting:
+            for ticket, completion in engine.collect().items():
+                del waiting[ticket]
+                tokens += len(completion.token_ids)
+        return tokens
 
     return sample
 
 
 def _vllm(folder: Path, settings: Settings) -> _Round:
     engine = VllmEngine(str(folder), temporary=str(folder), **_engine_arguments(settings))
-    prompts = _prompts(settings)
 
     async def sample(number: int) -> int:
-        await engine.submit(_requests(prompts, settings, number))
-        lengths: list[int] = []
-        while len(lengths) < settings.batch:
-            lengths += [len(completion.token_ids) for completion in (await engine.collect()).values()]
-        return sum(lengths)
+        waiting, tokens = _requests(settings, number), 0
+        await engine.submit(waiting)
+        while waiting:
+            for ticket, completion in (await engine.collect()).items():
+                del waiting[ticket]
+                tokens += len(completion.token_ids)
+        return tokens
 
     return sample
 

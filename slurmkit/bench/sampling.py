@@ -13,27 +13,33 @@ from slurmkit.bench.machine import circumstances
 from slurmkit.bench.shapes import shape_of
 
 SIDES = ("transformers", "torch", "vllm")
+# Of generate.py, which says what they are.
+WORKLOADS = ("even", "rollouts")
 ENGINES = SIDES[1:]
 
 
 def compare(shapes: Sequence[str], given: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Tokens/s of each side for each shape, and divided by transformers'. UserError for an unknown shape."""
-    result = _each("generate", SIDES, shapes, given, say)
-    for found in result["figures"].values():
+    """Tokens/s of each side for each shape and workload, and divided by transformers'. UserError for an unknown shape."""
+    figures, runs = dict[str, Any](), list[Any]()
+    for workload in WORKLOADS:
+        result = _each("generate", SIDES, shapes, {**given, "workload": workload}, say)
+        runs += result["runs"]
+        figures |= {f"{shape}, {workload}": found for shape, found in result["figures"].items()}
+    for found in figures.values():
         base = found["transformers"]["tokens_per_second"]
         found["ratio_to_transformers"] = {side: found[side]["tokens_per_second"] / base for side in ENGINES}
-    return result
+    return {"figures": figures, "runs": runs}
 
 
 def table(figures: Mapping[str, Any]) -> Iterator[str]:
     """The comparison in Markdown."""
-    yield "| model | engine | tokens/s | beside transformers | start s |"
+    yield "| model, workload | engine | tokens/s | beside transformers | start s |"
     yield "|---|---|---:|---:|---:|"
-    for shape, sides in figures.items():
+    for workload, sides in figures.items():
         for side in SIDES:
             rate, start = (sides[side][key] for key in ("tokens_per_second", "start_seconds"))
             ratio = sides["ratio_to_transformers"].get(side, 1.0)
-            yield f"| {shape} | {side} | {rate:,.0f} | {ratio:.2f} | {start:.1f} |"
+            yield f"| {workload} | {side} | {rate:,.0f} | {ratio:.2f} | {start:.1f} |"
 
 
 def transfers(shapes: Sequence[str], given: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def _each(
     for shape in shapes:
         figures[shape] = {}
         for side in sides:
-            say(f"{shape}: {side}")
+            say(", ".join(filter(None, [shape, given.get("workload"), side])))
             run = measured(module, {**given, "shape": shape, "side": side})
             runs.append({**run, "circumstances": circumstances()})
             figures[shape][side] = run["figures"]

@@ -67,8 +67,10 @@ def test_a_turn_of_a_conversation_costs_the_driver_less_than_five_milliseconds_o
 
 
 @pytest.mark.parametrize("side", sampling.SIDES)
-def test_sampling_is_measured_with_each_engine_and_with_transformers(side: str) -> None:
-    settings = {"shape": "0.4m", "side": side, "batch": 4, "new_tokens": 8, "rounds": 2, "threads": 1}
+@pytest.mark.parametrize("workload", sampling.WORKLOADS)
+def test_sampling_is_measured_with_each_engine_and_with_transformers(side: str, workload: str) -> None:
+    sizes = {"batch": 4, "prompt_tokens": 16, "new_tokens": 8, "rounds": 2, "threads": 1}
+    settings = {"shape": "0.4m", "side": side, "workload": workload, **sizes}
     found = measured("generate", settings)
     assert found["settings"] == found["settings"] | settings
     figures = found["figures"]
@@ -94,11 +96,12 @@ def test_engines_are_compared_shape_by_shape(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sampling, "measured", measured)
     said = list[str]()
     result = sampling.compare(["1m", "100m"], {"batch": 4}, said.append)
-    assert [run["settings"]["shape"] for run in result["runs"]] == ["1m"] * 3 + ["100m"] * 3
+    assert [run["settings"]["shape"] for run in result["runs"]] == (["1m"] * 3 + ["100m"] * 3) * 2
+    assert [run["settings"]["workload"] for run in result["runs"]] == ["even"] * 6 + ["rollouts"] * 6
     assert all(run["settings"]["batch"] == 4 for run in result["runs"])
-    assert result["figures"]["1m"]["ratio_to_transformers"] == {"torch": 1.5, "vllm": 2.5}
-    assert "| 100m | vllm | 250 | 2.50 | 1.0 |" in list(sampling.table(result["figures"]))
-    assert len(said) == 6
+    assert result["figures"]["1m, even"]["ratio_to_transformers"] == {"torch": 1.5, "vllm": 2.5}
+    assert "| 100m, rollouts | vllm | 250 | 2.50 | 1.0 |" in list(sampling.table(result["figures"]))
+    assert len(said) == 12
     with pytest.raises(UserError, match="--shape 7b: there is no such shape"):
         sampling.transfers(["7b"], {}, said.append)
 
