@@ -4,9 +4,10 @@
 usage: scripts/make_tiny_workplace.py [FOLDER]      results/workplace-tiny, unless said otherwise
 
 The tasks are those of `slurmkit data workplace`. The tokenizer knows their words. The model, a Qwen3 of half a million
-parameters, is shown whole conversations in which somebody does them, the tools' real answers included; the calls that
-count are right in one conversation of five or so, and else made with a wrong value, or with an id that was not looked
-up. So it knows the forms and picks at random: what is right is up to GRPO. Nothing is downloaded.
+parameters, is shown whole conversations in which somebody does them, the tools' real answers included. One conversation
+in six or so is as it should be; in the others an id is guessed that was to be looked up, or the work is left after the
+look-up, or a value is any one. So it knows the forms and works as carelessly: what is right is up to GRPO. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ from slurmkit.envs.workplace.scoring import Call
 from slurmkit.envs.workplace.world import World
 
 SEED = 1
-FAMILIES = ["set-status", "status-depends", "move-task", "create-task"]
-TASKS, VALIDATION_TASKS, DEMONSTRATED = 600, 100, 1200
-RIGHT = 0.2
+# Those of which the company has thousands, so that no two of the three sets below share a task.
+FAMILIES = ["status-depends", "create-task", "move-event"]
+VALIDATION_TASKS, TASKS, DEMONSTRATED = 100, 1500, 4500
+RIGHT = 0.18
 # What tokens count that the model is not to say.
 OTHERS = 0.05
-STEPS, BATCH, RATE, WARM_UP = 900, 16, 4e-3, 40
+STEPS, BATCH, RATE, WARM_UP = 1800, 16, 4e-3, 40
 END = "<|end|>"
 # Hermes' form, in few tokens: a tool is its name and its arguments' names.
 TEMPLATE = (
@@ -57,20 +59,25 @@ def said(each: Call) -> str:
 
 
 def spoiled(calls: Sequence[Call], rng: Random) -> list[Call]:
-    """The calls with a mistake: the last without those before it and with any id, or with any value."""
+    """The calls as somebody careless makes them: without looking up what the last one needs, without the last one, or
+    with any value in it."""
     name, arguments = calls[-1][0], json.loads(calls[-1][1])
-    ids = [key for key in arguments if key.endswith("_id")]
-    if ids and rng.random() < 0.4:
-        return [call(name, **{**arguments, ids[0]: f"{rng.randrange(140):08}"})]
-    wrong: dict[str, Any] = {
-        "new_value": rng.choice([*STATUSES, "Backlog", "In Progress", "In Review", "Completed"]),
-        "participant_email": "sam@larkfield.com",
-        "field": rng.choice(["status", "notes", "assigned_to_email", "due_date"]),
+    mistake = rng.choices(["guessed", "unfinished", "any value"], [4, 4, 2])[0]
+    if mistake == "unfinished":
+        return list(calls[:-1])
+    guesses = {
+        "customer_id": f"{rng.randrange(140):08}",
+        "event_id": f"{rng.randrange(140):08}",
+        "assigned_to_email": f"{json.loads(calls[0][1]).get('name', '').lower()}@larkfield.com",
     }
-    wrong["board"] = rng.choice(["Back end", "Front end", "Design"])
-    wrong["plot_type"] = "bar"
-    key = rng.choice([key for key in wrong if key in arguments])
-    return [*calls[:-1], call(name, **{**arguments, key: wrong[key]})]
+    values = {
+        "new_value": rng.choice(STATUSES),
+        "field": rng.choice(["event_start", "event_name", "duration"]),
+        "board": rng.choice(["Back end", "Front end", "Design"]),
+    }
+    wrong, before = (guesses, []) if mistake == "guessed" else (values, list(calls[:-1]))
+    key = next(key for key in wrong if key in arguments)
+    return [*before, call(name, **{**arguments, key: wrong[key]})]
 
 
 def conversation(
@@ -169,8 +176,9 @@ def main(folder: Path) -> None:
     counts = {"tasks": TASKS, "validation_tasks": VALIDATION_TASKS, "seed": SEED, "world_seed": 0}
     write({**files, **counts, "families": FAMILIES, "few_tools": True})
     world, rng = make_world(0), Random(f"tiny workplace demonstrations {SEED}")
-    # The first are those that are validated on: they are not shown.
-    found = islice(drafts(world, FAMILIES, SEED), VALIDATION_TASKS, VALIDATION_TASKS + DEMONSTRATED)
+    # The first are those that are validated and trained on: they are not shown.
+    kept = VALIDATION_TASKS + TASKS
+    found = islice(drafts(world, FAMILIES, SEED), kept, kept + DEMONSTRATED)
     shown = [draft for _, draft in found]
     words = (text for draft in shown for text in texts(draft, world))
     tokenizer = make_tokenizer(words)
