@@ -1,10 +1,10 @@
 """`python -m slurmkit.bench.generate`: sampling with one of our engines, or with transformers' own `generate`.
 
 The same random weights, prompts, lengths and threads for each, in a process of its own. The workload is `even`, a batch
-of different prompts that are all completed to the same length; or `rollouts`, what a training step asks for: two batches
-of them, in groups of eight with one prompt, and as long as it comes, from one token to twice the mean. transformers then
-samples a batch until its longest completion is done. The lengths are given, as random weights know no end; an end token
-that is sampled all the same is counted as it comes. The first round is left out.
+of different prompts that are all completed to the same length; or `rollouts`, what a training step asks for: two
+batches, in groups of eight with one prompt, as long as it comes, from one token to twice the mean. transformers samples
+a batch until its longest completion is done. Lengths are given, as random weights know no end; an end token that is
+sampled all the same is counted as it comes. The first round is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -19,7 +19,7 @@ ENGINES = SIDES[1:]
 
 
 def compare(shapes: Sequence[str], given: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Tokens/s of each side for each shape and workload, and divided by transformers'. UserError for an unknown shape."""
+    """Tokens/s of each side for each shape and workload, also divided by transformers'. UserError: an unknown shape."""
     figures, runs = dict[str, Any](), list[Any]()
     for workload in WORKLOADS:
         result = _each("generate", SIDES, shapes, {**given, "workload": workload}, say)

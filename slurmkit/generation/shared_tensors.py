@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,27 +54,38 @@ class SharedTensors:
         """What another process of this user, on this machine, opens while this one lives."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
-    def write(self, tensors: Mapping[str, torch.Tensor], precision: torch.dtype | None = None) -> list[Entry]:
-        """Copy the tensors, those of real numbers in `precision` where it is given, and tell where each lies."""
-        table = lay_out(tensors, precision)
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
+        """Copy the tensors, and tell where each lies."""
+        self.fill(table := lay_out(tensors), tensors.items())
+        return table
+
+    def fill(self, table: Sequence[Entry], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy the tensors to where the table says, one by one as they come, as numbers of the type that it says."""
         size = table[-1].offset + table[-1].num_bytes
         if self._memory is None or len(self._memory) < size:
             os.ftruncate(self._file, size)
             self._memory = mmap.mmap(self._file, size)
-        for entry in table:
-            _view(self._memory, entry).copy_(tensors[entry.name])
-        return table
+        places = {entry.name: entry for entry in table}
+        for name, tensor in tensors:
+            _view(self._memory, places[name]).copy_(tensor)
 
 
 def read(path: str, table: Sequence[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors, which lie in the shared memory itself: they are what the other side writes next."""
-    file = os.open(path, os.O_RDWR)
-    try:
-        memory = mmap.mmap(file, 0)
-    finally:
-        os.close(file)
+    status = os.stat(path)
+    memory = _mapped(path, status.st_dev, status.st_ino, status.st_size)
     for entry in table:
         yield entry.name, _view(memory, entry)
+
+
+@lru_cache(maxsize=1)
+def _mapped(path: str, device: int, inode: int, size: int) -> mmap.mmap:
+    """The memory of this path as it is now. Kept: to map it anew, page by page, takes half as long as its copy."""
+    file = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(file, size)
+    finally:
+        os.close(file)
 
 
 def _view(memory: mmap.mmap, entry: Entry) -> torch.Tensor:

@@ -256,8 +256,7 @@ class PolicyWorker:
         if self._rank:
             return None
         if streamed := {"broadcast", "ipc"} & {*ways}:
-            state = self._skeleton.state_dict() if self._adapters is not None else self._causal_lm.state_dict()
-            told = StreamedWeights(self._version, lay_out(state, self._precision), not self._has_told_digest)
+            told = StreamedWeights(self._version, self._table(), not self._has_told_digest)
             self._has_told_digest = True
             found |= dict.fromkeys(streamed, told)  # type: ignore[arg-type]
         return found
@@ -285,6 +284,10 @@ class PolicyWorker:
         """Send the weights as they are now over the channel; their version, and the digest of what was sent."""
         digest = send(self._channels[way], table, self._stream(), self._device)
         return self._version, digest
+
+    def _table(self) -> list[Entry]:
+        state = self._skeleton.state_dict() if self._adapters is not None else self._causal_lm.state_dict()
+        return lay_out(state, self._precision)
 
     @torch.no_grad()
     def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -326,11 +329,12 @@ class PolicyWorker:
     def share_weights(self) -> SharedWeights | None:
         """The whole model, in the engines' precision, in memory of rank 0's node, until the next call; None on other
         ranks."""
-        weights = self.gather_weights()
-        if weights is None:
+        if self._rank:
+            for _ in self._stream():
+                pass
             return None
-        table = self._shared.write(weights.tensors, self._precision)
-        shared = SharedWeights(weights.version, self._shared.path, table)
+        self._shared.fill(table := self._table(), self._stream())
+        shared = SharedWeights(self._version, self._shared.path, table)
         return shared if self._has_told_digest else replace(shared, digest=self._digest_once(shared.opened().tensors))
 
     def rest(self) -> None:

@@ -15,7 +15,7 @@ from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slurmkit.generation.engine import Completion, Request, SamplingParams
-from slurmkit.generation.shared_tensors import SharedTensors, read
+from slurmkit.generation.shared_tensors import SharedTensors, lay_out, read
 from slurmkit.generation.weights import SharedWeights, Weights, digest
 
 Engine = Torch | Vllm
@@ -265,7 +265,8 @@ def test_tensors_lie_in_shared_memory_as_they_are_or_in_the_precision_that_is_as
     assert all(
         torch.equal(whole[name], tensor) and whole[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
-    halved = dict(read(shared.path, shared.write(tensors, torch.bfloat16)))
+    shared.fill(table := lay_out(tensors, torch.bfloat16), tensors.items())
+    halved = dict(read(shared.path, table))
     assert [tensor.dtype for tensor in halved.values()] == [torch.bfloat16, torch.int64, torch.bfloat16]
     assert torch.equal(halved["a"], tensors["a"].bfloat16())
     larger = {"d": torch.randn(1000, 100)}
