@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +132,17 @@ class Played:
     is_cut: bool
 
 
-@runtime_checkable
-class Agent(Protocol):
-    """One episode in other hands, which ask the policy over HTTP. What it raises is meant as an Environment's is."""
+class Agent(ABC):
+    """One episode in other hands, which ask the policy over HTTP. What it raises is meant as an Environment's is.
 
+    A class to inherit from, as each episode is asked whether it is one: of a Protocol, that takes as long as the rest.
+    """
+
+    @abstractmethod
     async def ready(self) -> None:
         """Wait until it can be asked. UserError where it cannot, which ends the run."""
 
+    @abstractmethod
     async def run(self, task: Task) -> Played:
         """Play the whole episode."""
 

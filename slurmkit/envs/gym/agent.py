@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from slurmkit.config.data import GymEnv
-from slurmkit.envs.environment import Played, PolicyCall, Score, Task
+from slurmkit.envs.environment import Agent, Played, PolicyCall, Score, Task
 from slurmkit.envs.gym.client import Cookies, GymClient, GymError, reward_of
 from slurmkit.envs.gym.rows import messages_of, row_of
 
 _TOKENS = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
 
 
-class GymAgent:
+class GymAgent(Agent):
     """One episode: POST /run with the row, as the run samples. GymError where the server fails.
 
     Each item of its output that ends a reply of the policy carries the reply's tokens, as Gym's model server adds them
