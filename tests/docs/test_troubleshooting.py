@@ -74,3 +74,20 @@ def test_every_exit_code_of_ours_has_its_row() -> None:
     source = (PACKAGE / "errors.py").read_text(encoding="utf-8")
     for code in sorted(set(re.findall(r"(?:exit_code|INTERRUPTED) = (\d+)", source))):
         assert f"| {code} |" in rows
+
+
+@pytest.mark.parametrize(
+    ("trouble", "way_out"),
+    [
+        ("hub answers with 429", "HF_HUB_OFFLINE: 1"),
+        ("vLLM process of an earlier run", "slurmkit cleanup"),
+        ("an old Ray", "slurmkit cleanup"),
+        ("CUDA says that it is out of memory", "tensor_parallel_size"),
+        ("NeMo RL takes long to start", "NRL_FORCE_REBUILD_VENVS=true"),
+    ],
+)
+def test_every_row_of_nemo_gym_s_own_table_has_one_here(trouble: str, way_out: str) -> None:
+    """The five of its page "Single Node Training"."""
+    rows = PAGE.partition("## By what you see")[2].partition("## ")[0].splitlines()
+    (row,) = (row for row in rows if trouble in row)
+    assert way_out in row
