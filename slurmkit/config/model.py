@@ -242,6 +242,13 @@ class SequencePacking(Section):
     """Tokens of one micro-batch on one rank, at most; null is max_total_sequence_length × train_micro_batch_size."""
 
 
+# Of transformers' apply_chat_template.
+_TEMPLATE_ARGUMENTS = {
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "return_tensors", "return_dict",
+}  # fmt: skip
+
+
 class FromScratch(Section):
     """A small Qwen3-shaped model with a byte tokenizer, made when the run starts. For trying things out."""
 
@@ -282,6 +289,21 @@ class FromScratch(Section):
         return self
 
 
+class TokenizerCfg(Section):
+    """How conversations are written for the model. The tokenizer is the model's own."""
+
+    chat_template: str | None = None
+    """File with a Jinja template in place of the model's own, which checkpoints then have; null is the model's."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the template. Example: {enable_thinking: false}."""
+
+    @model_validator(mode="after")
+    def _leaves_what_is_slurmkit_s(self) -> Self:
+        for name in sorted(self.chat_template_kwargs.keys() & _TEMPLATE_ARGUMENTS):
+            raise ValueError(f"chat_template_kwargs: slurmkit itself gives {name} to the template, leave it out")
+        return self
+
+
 class Policy(Section):
     model_name: str | None = None
     """A Hugging Face model: a folder or a name on the hub. Either this or from_scratch."""
@@ -310,6 +332,8 @@ class Policy(Section):
     scheduler: tuple[SchedulerPart, ...] | None = None
     """How the learning rate changes from step to step, as NeMo RL writes it: schedulers one after the other, then the
     milestones between them; null keeps it."""
+    tokenizer: TokenizerCfg = TokenizerCfg()
+    """How conversations are written."""
     generation: Generation = Generation()
     """How completions are sampled."""
 

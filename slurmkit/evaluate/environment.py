@@ -52,7 +52,7 @@ def _config_for(config: TrainConfig, model: Model) -> TrainConfig:
 
 
 async def _play(config: TrainConfig, folder: Path, domain: Domain) -> list[Group]:
-    chat = Chat(folder, trust_remote_code=config.policy.trusts_remote_code)
+    chat = Chat.of(folder, config.policy)
     await refuse_prompts_that_never_fit("validation", domain.validation_tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
         temporary = stack.enter_context(ray_connection())

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ class Serving:
 
     folder: Path
     name: str
+    chat_template: str | None
+    """Its text; None is the model's own."""
+    chat_template_kwargs: Mapping[str, Any]
+    """Of whoever gives none of its own."""
 
 
 async def serve(
@@ -56,7 +60,7 @@ async def serve(
 
     is_ipv6 = ":" in address
     listening = socket.create_server((address, 0), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET)
-    app = await _app(llm, model_path, chat, version, (serving.folder / "api_key").read_text().strip())
+    app = await _app(llm, model_path, serving, chat, version)
     server = NoSignalServer(uvicorn.Config(app, log_level="error", access_log=False))
     task = asyncio.create_task(server.serve([listening]))
     host, port = f"[{address}]" if is_ipv6 else address, listening.getsockname()[1]
@@ -66,7 +70,7 @@ async def serve(
     return task
 
 
-async def _app(llm: Any, model_path: str, chat: ServingChatKwargs, version: Callable[[], int], api_key: str) -> Any:
+async def _app(llm: Any, model_path: str, serving: Serving, chat: ServingChatKwargs, version: Callable[[], int]) -> Any:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -78,11 +82,13 @@ async def _app(llm: Any, model_path: str, chat: ServingChatKwargs, version: Call
     arguments.disable_fastapi_docs = True
     arguments.enable_auto_tool_choice = chat.enable_auto_tools
     arguments.tool_call_parser = chat.tool_parser
+    arguments.chat_template = serving.chat_template
+    arguments.default_chat_template_kwargs = dict(serving.chat_template_kwargs)
     tasks = await llm.get_supported_tasks()
     app = build_app(arguments, tasks, llm.model_config)
     await init_app_state(llm, app.state, arguments, tasks)
 
-    return _Guard(app, api_key, version)
+    return _Guard(app, (serving.folder / "api_key").read_text().strip(), version)
 
 
 class _Guard:

@@ -30,6 +30,7 @@ from slurmkit.grpo.metrics import say
 from slurmkit.grpo.placement import Seat, is_alive, reserve
 from slurmkit.grpo.policy import Policy
 from slurmkit.grpo.policy_worker import PolicyWorker
+from slurmkit.rollout.chat import template_of
 
 _WATCH_SECONDS = 2.0
 _WATCH_FAILURES = 3
@@ -228,7 +229,9 @@ def _engine(
         own = {"address": seat.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
         own["sleeps"] = config.takes_turns
         own["in_flight_weight_updates"] = config.grpo.updates_in_flight
-        own["serving"] = serving and Serving(serving, f"engine_{number}")
+        if serving is not None:
+            variables = config.policy.tokenizer.chat_template_kwargs
+            own["serving"] = Serving(serving, f"engine_{number}", template_of(config.policy), variables)
     make = partial(
         ray.remote(kind).options(**seat.options()).remote,
         str(model_path),

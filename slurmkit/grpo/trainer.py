@@ -94,11 +94,7 @@ async def train(
     run_directory.mkdir(parents=True, exist_ok=True)
 
     check_model(model_path, config)
-    chat = Chat(
-        model_path,
-        trust_remote_code=config.policy.trusts_remote_code,
-        tool_parser=config.policy.generation.tool_parser,
-    )
+    chat = Chat.of(model_path, config.policy)
     for name, tasks in (("training", domain.train_tasks), ("validation", domain.validation_tasks)):
         await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 from jinja2 import TemplateError
 
-from slurmkit.config.model import ToolParser
+from slurmkit.config.model import Policy, ToolParser
 from slurmkit.envs.environment import Message, Opening, Tool
 from slurmkit.errors import UserError
 from slurmkit.generation.engine import Completion
@@ -39,18 +40,47 @@ class Prompt:
     text: str
 
 
+def template_of(policy: Policy) -> str | None:
+    """The text of the template in place of the model's own. UserError where its file cannot be read."""
+    path = policy.tokenizer.chat_template
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"policy.tokenizer.chat_template {path}: cannot be read: {error}") from None
+
+
 class Chat:
     """The tokenizer of one model."""
 
+    @classmethod
+    def of(cls, model_path: str | Path, policy: Policy) -> Self:
+        """The tokenizer of a model that is trained, or judged, as this policy."""
+        return cls(
+            model_path,
+            trust_remote_code=policy.trusts_remote_code,
+            tool_parser=policy.generation.tool_parser,
+            template=template_of(policy),
+            template_kwargs=policy.tokenizer.chat_template_kwargs,
+        )
+
     def __init__(
-        self, model_path: str | Path, *, trust_remote_code: bool = False, tool_parser: ToolParser | None = None
+        self,
+        model_path: str | Path,
+        *,
+        trust_remote_code: bool = False,
+        tool_parser: ToolParser | None = None,
+        template: str | None = None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        if template is not None:
+            self._tokenizer.chat_template = template
         if self._tokenizer.chat_template is None:
             raise UserError(f"policy.model_name: the tokenizer of {model_path} has no chat template")
         self._model_path = model_path
+        self._template_kwargs = template_kwargs
         self._end = str(self._tokenizer.eos_token)
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special)))
@@ -143,6 +173,7 @@ class Chat:
                 tools=[dict(tool.definition) for tool in tools] or None,
                 add_generation_prompt=True,
                 tokenize=False,
+                **self._template_kwargs,
             )
         except TemplateError as error:
             roles = ", ".join(message.role for message in messages)

@@ -29,7 +29,9 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_temp
 _VOCABULARY = 264
 
 
-def find_model(name: str, workdir: str, environ: Mapping[str, str]) -> tuple[Path | None, str | None]:
+def find_model(
+    name: str, workdir: str, environ: Mapping[str, str], *, needs_template: bool = True
+) -> tuple[Path | None, str | None]:
     """The folder of `policy.model_name`, None where only the hub has it, and what is wrong with it if anything is.
 
     `environ` is the job's. The folder is looked for where the trainer would: below its working directory, then as a
@@ -38,7 +40,7 @@ def find_model(name: str, workdir: str, environ: Mapping[str, str]) -> tuple[Pat
     folder = Path(workdir, name)
     if os.path.isdir(folder):
         try:
-            return folder, _broken(folder)
+            return folder, _broken(folder, needs_template=needs_template)
         except OSError as error:
             return folder, f"the folder cannot be read: {error.strerror}"
     if not HUB_NAME.fullmatch(name):
@@ -52,15 +54,15 @@ def find_model(name: str, workdir: str, environ: Mapping[str, str]) -> tuple[Pat
     return held, None
 
 
-def _broken(folder: Path) -> str | None:
+def _broken(folder: Path, *, needs_template: bool) -> str | None:
     if not (folder / "config.json").is_file():
         return "the folder holds no config.json: name one that from_pretrained opens"
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         return "the folder holds no weights (*.safetensors): is it complete?"
     settings = folder / "tokenizer_config.json"
     inside = settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
-    if not inside and not any((folder / name).exists() for name in _TEMPLATES):
-        return "its tokenizer has no chat template: name an instruct model, or add chat_template.jinja"
+    if needs_template and not inside and not any((folder / name).exists() for name in _TEMPLATES):
+        return "its tokenizer has no chat template: name an instruct model, or give policy.tokenizer.chat_template"
     return None
 
 

@@ -221,11 +221,15 @@ def _model(settled: Settled) -> Iterator[Remark]:
     # A run that goes on opens its own checkpoint instead.
     if settled.train is None or _is_inside(settled) or any(Path(spec.run_dir).glob("step_*/manifest.json")):
         return
-    name = settled.train.policy.model_name
+    policy = settled.train.policy
+    name, template = policy.model_name, policy.tokenizer.chat_template
+    if template is not None and not Path(spec.workdir, template).is_file():
+        said = _configured(settled, "policy.tokenizer.chat_template", template)
+        yield Remark(f"{said}: no such file; a relative path begins at workdir {spec.workdir}", not spec.dependency)
     if name is not None:
         from slurmkit.run.footprint import find_model
 
-        _, problem = find_model(name, spec.workdir, _environment(spec))
+        _, problem = find_model(name, spec.workdir, _environment(spec), needs_template=template is None)
         if problem is not None:
             yield Remark(f"{_configured(settled, 'policy.model_name', name)}: {problem}", not spec.dependency)
 

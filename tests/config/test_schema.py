@@ -145,6 +145,11 @@ def test_an_engine_spans_gpus_of_one_node(tmp_path: Path) -> None:
         ("cluster", {"num_nodes": 8}, "4 leaves some of the 8 data-parallel ranks without a sample"),
         ("policy", {"model_name": "Qwen/Qwen3-0.6B"}, "exactly one of policy.model_name"),
         ("policy", {"from_scratch": None}, "exactly one of policy.model_name"),
+        (
+            "policy",
+            {"tokenizer": {"chat_template_kwargs": {"tools": []}}},
+            "chat_template_kwargs: slurmkit itself gives tools to the template, leave it out",
+        ),
         ("policy", {"generation": {"max_new_tokens": 64}}, "it must be at most 63"),
         ("policy", {"generation": {"min_new_tokens": 64}}, "more than policy.max_total_sequence_length allows: .* 63"),
         (

@@ -21,6 +21,8 @@ from slurmkit.generation.http_server import WEIGHT_VERSIONS, Serving, make_api_k
 from slurmkit.generation.weights import Weights
 
 MESSAGES = [{"role": "user", "content": "1+2="}]
+# In place of the model's own.
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}{{ mood }}"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vllm(model: Path, folder: Path) -> Iterator[Vllm]:
     settings: dict[str, Any] = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8}
-    vllm = Vllm(model, **settings, serving=Serving(folder, "engine_0"))
+    vllm = Vllm(model, **settings, serving=Serving(folder, "engine_0", TEMPLATE, {"mood": "gladly"}))
     vllm.do(vllm.engine.start())
     yield vllm
     vllm.end()
@@ -69,8 +71,7 @@ def test_a_reply_comes_with_its_tokens_and_the_logprobs_that_training_needs(
     status, answer, versions = vllm.do(ask(folder, "chat/completions", body))
     assert (status, versions) == (200, "0,0"), answer
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    assert answer["prompt_token_ids"] == prompt
+    assert answer["prompt_token_ids"] == (prompt := tokenizer("1+2=gladly", add_special_tokens=False)["input_ids"])
     [choice] = answer["choices"]
     token_ids = choice["token_ids"]
     assert 0 < len(token_ids) <= 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from talks import ENDS, PLENTY, Engine, Scripted, Talk, make_talk, play, tool
 
+from slurmkit.config.model import Generation, Policy, TokenizerCfg
 from slurmkit.envs.environment import Message, Opening
 from slurmkit.errors import UserError
 from slurmkit.grpo.credit import make_samples
@@ -171,6 +173,27 @@ def test_calls_between_special_tokens_are_seen_and_the_rest_is_without(
     assert [call.name for call in environment.heard[0].tool_calls] == ["look"]
     assert environment.heard[1] == Message("assistant", "done")
     assert len(episode.samples) == 1
+
+
+def test_a_run_s_template_variables_and_form_of_calls_are_those_that_are_used(tmp_path: Path) -> None:
+    talk = make_talk(tmp_path, "qwen3")
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}{{ mood }}")
+    policy = Policy(
+        model_name=str(tmp_path),
+        tokenizer=TokenizerCfg(chat_template=str(template), chat_template_kwargs={"mood": " gladly"}),
+        generation=Generation(tool_parser="hermes"),
+    )
+    asked = Talk(Chat.of(tmp_path, policy), talk.tokenizer, talk.end)
+    assert talk.text(asked.chat.prompt_ids(USER)) == "hello gladly"
+    said = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    episode = play(asked, Engine(asked, [said, "b"]), Scripted(Opening(USER, TOOLS), [[Message("tool", "a")]]))
+    assert episode.num_tool_calls == 1
+    asked.chat.save(tmp_path / "saved")
+    assert (tmp_path / "saved/chat_template.jinja").read_text() == template.read_text()
+    template.unlink()
+    with pytest.raises(UserError, match=r"policy.tokenizer.chat_template .*own.jinja: cannot be read: .*No such file"):
+        Chat.of(tmp_path, policy)
 
 
 def test_a_template_that_refuses_a_conversation_is_named_with_its_reason(

@@ -257,6 +257,16 @@ def test_a_model_s_folder_that_would_not_open_is_refused(shared_path: Path, leav
     assert problems(ask(shared_path, *overrides)) == []
 
 
+def test_a_template_of_the_run_s_own_takes_the_place_of_the_model_s_and_must_be_there(shared_path: Path) -> None:
+    model_folder(shared_path / "model", leave_out="tokenizer_config.json")
+    overrides = ("~policy.from_scratch", "policy.model_name=model", "policy.tokenizer.chat_template=own.jinja")
+    (said,) = problems(ask(shared_path, *overrides))
+    assert said.startswith("policy.tokenizer.chat_template: own.jinja (command line: policy.tokenizer.chat_template=")
+    assert said.endswith(f": no such file; a relative path begins at workdir {shared_path}")
+    (shared_path / "own.jinja").touch()
+    assert problems(ask(shared_path, *overrides)) == []
+
+
 def test_a_name_on_the_hub_is_left_alone_unless_the_hub_must_not_be_asked(
     shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
