@@ -10,6 +10,7 @@ sampled all the same is counted as it comes. The first round is left out.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import statistics
 import tempfile
@@ -138,33 +139,29 @@ def _transformers(folder: Path, settings: Settings) -> _Round:
 
 
 def _torch(folder: Path, settings: Settings) -> _Round:
-    engine = TorchEngine(str(folder), **_engine_arguments(settings))
-
-    async def sample(number: int) -> int:
-        waiting, tokens = _requests(settings, number), 0
-        engine.submit(waiting)
-        while waiting:
-            for ticket, completion in engine.collect().items():
-                del waiting[ticket]
-                tokens += len(completion.token_ids)
-        return tokens
-
-    return sample
+    return _engine(TorchEngine(str(folder), **_engine_arguments(settings)), settings)
 
 
 def _vllm(folder: Path, settings: Settings) -> _Round:
-    engine = VllmEngine(str(folder), temporary=str(folder), **_engine_arguments(settings))
+    return _engine(VllmEngine(str(folder), temporary=str(folder), **_engine_arguments(settings)), settings)
 
+
+def _engine(engine: Any, settings: Settings) -> _Round:
     async def sample(number: int) -> int:
         waiting, tokens = _requests(settings, number), 0
-        await engine.submit(waiting)
+        await _answer(engine.submit(waiting))
         while waiting:
-            for ticket, completion in (await engine.collect()).items():
+            for ticket, completion in (await _answer(engine.collect())).items():
                 del waiting[ticket]
                 tokens += len(completion.token_ids)
         return tokens
 
     return sample
+
+
+async def _answer(given: Any) -> Any:
+    """Only vLLM's engine has to be waited for."""
+    return await given if inspect.isawaitable(given) else given
 
 
 if __name__ == "__main__":

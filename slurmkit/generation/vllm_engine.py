@@ -73,34 +73,19 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        on_cpu = device == "cpu"
         self._llm: Any = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                **{
-                    "model": model_path,
-                    "skip_tokenizer_init": serving is None,
-                    "trust_remote_code": trust_remote_code,
-                    "dtype": precision,
-                    "max_model_len": max_total_length,
-                    "max_num_seqs": max_batch_size,
-                    "logprobs_mode": "processed_logprobs",
-                    # Nothing that the model's folder says of sampling changes what is asked for.
-                    "generation_config": "vllm",
-                    "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
-                    "distributed_executor_backend": _executor(on_cpu, settings.tensor_parallel_size),
-                    "enable_sleep_mode": sleeps,
-                    "tensor_parallel_size": settings.tensor_parallel_size,
-                    "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
-                    "kv_cache_memory_bytes": settings.kv_cache_memory_bytes
-                    or (_CPU_KV_CACHE_BYTES if on_cpu else None),
-                    "gpu_memory_utilization": settings.gpu_memory_utilization,
-                    "use_tqdm_on_load": False,
-                    "disable_log_stats": True,
-                    # After a part of a prompt, vLLM takes back what the request's own random numbers have gone on by,
-                    # which only those of a GPU can: on a CPU it would die of it.
-                    "enable_chunked_prefill": False if on_cpu else None,
-                    **settings.vllm_kwargs,
-                }
+                **_arguments(
+                    settings,
+                    on_cpu=device == "cpu",
+                    model=model_path,
+                    skip_tokenizer_init=serving is None,
+                    trust_remote_code=trust_remote_code,
+                    dtype=precision,
+                    max_model_len=max_total_length,
+                    max_num_seqs=max_batch_size,
+                    enable_sleep_mode=sleeps,
+                )
             )
         )
         remove_names()
@@ -293,6 +278,28 @@ def _check_head_size(config: Any) -> None:
             f"the model's attention heads are {size} wide (head_dim): on a CPU, vLLM has kernels for "
             f"{', '.join(map(str, sizes))}; the torch engine (policy.generation.backend) takes any"
         )
+
+
+def _arguments(settings: VllmCfg, *, on_cpu: bool, **given: Any) -> dict[str, Any]:
+    """What vLLM is started with: what is given, what slurmkit chooses, and what the user adds."""
+    return {
+        **given,
+        "logprobs_mode": "processed_logprobs",
+        # Nothing that the model's folder says of sampling changes what is asked for.
+        "generation_config": "vllm",
+        "worker_extension_cls": f"{vllm_worker.__name__}.{vllm_worker.WorkerExtension.__name__}",
+        "distributed_executor_backend": _executor(on_cpu, settings.tensor_parallel_size),
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "kv_cache_memory_bytes": settings.kv_cache_memory_bytes or (_CPU_KV_CACHE_BYTES if on_cpu else None),
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        # After a part of a prompt, vLLM takes back what the request's own random numbers have gone on by, which only
+        # those of a GPU can: on a CPU it would die of it.
+        "enable_chunked_prefill": False if on_cpu else None,
+        **settings.vllm_kwargs,
+    }
 
 
 def _executor(on_cpu: bool, tensor_parallel_size: int) -> str:
