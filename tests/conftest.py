@@ -89,6 +89,27 @@ def development_cluster(name: str, *arguments: str | Path) -> Iterator[Cluster]:
         subprocess.run([_DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
 
 
+_before_the_first_test: dict[str, str] = {}
+
+
+def pytest_collection_finish() -> None:
+    _before_the_first_test.update(os.environ)
+
+
+@pytest.fixture(autouse=True)
+def environment_of_other_tests() -> Iterator[None]:
+    """Jobs that later tests submit get this process's environment, as from a user's shell: a test leaves it as it was.
+
+    The first fixture that is set up is the last that is taken down, after monkeypatch.
+    """
+    yield
+    pytest_s_own = {"PYTEST_CURRENT_TEST": os.environ.get("PYTEST_CURRENT_TEST", "")}
+    expected, found = _before_the_first_test | pytest_s_own, dict(os.environ) | pytest_s_own
+    os.environ.clear()
+    os.environ.update(expected)
+    assert found == expected
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     with development_cluster(f"session{os.getpid()}", "--nodes", "4") as session:

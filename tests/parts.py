@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,3 +68,14 @@ def need_gpu() -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """What a part sets for its own processes, vLLM LD_PRELOAD among it, is not for those that other tests start."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

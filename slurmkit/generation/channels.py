@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 from torch.multiprocessing import reductions
 
+from slurmkit.generation.machine import use_interface_to
 from slurmkit.generation.shared_tensors import Entry
 
 BUCKET_BYTES = 256 << 20
@@ -39,6 +40,7 @@ def connect(
 ) -> Channel:
     """One end of a channel. Collective over all `size` of a broadcast, whose rank 0 sends."""
     timeout = timedelta(seconds=timeout_seconds)
+    use_interface_to(address)
     store = distributed.TCPStore(address, port, None, False, timeout, False)  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 
 def use_interface_of(address: str) -> None:
-    """Make gloo and NCCL talk over the interface that owns `address`; before torch.distributed is imported or used.
+    """Make gloo and NCCL talk over the interface that owns `address`; before a process group is made.
 
     Left alone, gloo listens where the host's name resolves to, which on many nodes is 127.0.0.1: then ranks on other
-    nodes are refused.
+    nodes are refused. What the user has set stays.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -23,8 +23,16 @@ def use_interface_of(address: str) -> None:
             except OSError:
                 continue  # an interface without an IPv4 address
             if socket.inet_ntoa(found[20:24]) == address:
-                os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
                 return
+
+
+def use_interface_to(address: str) -> None:
+    """The same with the interface by which this machine reaches `address`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        use_interface_of(probe.getsockname()[0])
 
 
 def use_gpus(gpus: Sequence[str]) -> None:

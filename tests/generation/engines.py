@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
+
+from parts import unchanged_environment
 
 from slurmkit.generation.engine import Completion, Request
 from slurmkit.generation.torch_engine import TorchEngine
@@ -39,17 +39,6 @@ class Torch:
 
     def end(self) -> None:
         pass
-
-
-@contextmanager
-def unchanged_environment() -> Iterator[None]:
-    """What vLLM sets for its processes, LD_PRELOAD among it, is not for those that other tests start."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 class Vllm:

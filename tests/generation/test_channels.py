@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from parts import need_gpu
+from conftest import Cluster
+from parts import need_gpu, unchanged_environment
 from torch import distributed
 
 from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation import channels
+from slurmkit.generation.machine import use_interface_to
 from slurmkit.generation.shared_tensors import lay_out
 from slurmkit.generation.transfer import PolicyLost, WeightTransfer
 from slurmkit.generation.weights import StreamedWeights
@@ -40,8 +44,47 @@ def ends(way: str, port: int, count: int, seconds: float = 30) -> list[channels.
     def join(rank: int) -> channels.Channel:
         return channels.connect(way, "127.0.0.1", port, rank=rank, size=count, device=CPU, timeout_seconds=seconds)
 
-    with ThreadPoolExecutor(count) as threads:
+    with unchanged_environment(), ThreadPoolExecutor(count) as threads:
         return list(threads.map(join, range(count)))
+
+
+# One end of a channel. Its arguments: rank 0's address, its own rank.
+END = """
+import sys, torch
+from torch import distributed
+from slurmkit.generation import channels
+address, rank = sys.argv[1], int(sys.argv[2])
+store = distributed.TCPStore(address, 29555, None, True, wait_for_workers=False) if rank == 0 else None
+channel = channels.connect(
+    "broadcast", address, 29555, rank=rank, size=2, device=torch.device("cpu"), timeout_seconds=40
+)
+if rank == 0:
+    channel.send(torch.arange(5, dtype=torch.uint8))
+else:
+    print(channel.receive(5).tolist())
+"""
+
+
+def test_nodes_whose_own_name_leads_to_the_loopback_reach_each_other(cluster: Cluster, shared_path: Path) -> None:
+    script = shared_path / "end.py"
+    script.write_text(END)
+    address = cluster.on_node("node1", "getent", "hosts", "node1").split()[0]
+
+    def end(rank: int) -> str:
+        # As where a node's /etc/hosts has its name beside 127.0.0.1.
+        renamed = ("unshare", "--uts", "sh", "-c", 'hostname localhost && exec "$@"', "sh")
+        return cluster.on_node(f"node{rank + 1}", *renamed, sys.executable, str(script), address, str(rank))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(end, range(2))) == ["", "[0, 1, 2, 3, 4]\n"]
+
+
+def test_the_interface_that_a_user_has_chosen_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    with unchanged_environment():
+        use_interface_to("127.0.0.1")
+        found = {name: os.environ[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    assert found == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib0"}
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 1 << 20])
@@ -187,7 +230,8 @@ def test_memory_of_a_gpu_is_read_by_another_process_bucket_by_bucket() -> None:
     answers = context.Queue()
     taking = context.Process(target=_take, args=(meeting.port, table, answers))
     taking.start()
-    channel = channels.connect("ipc", "127.0.0.1", meeting.port, rank=0, size=2, device=device, timeout_seconds=60)
+    with unchanged_environment():
+        channel = channels.connect("ipc", "127.0.0.1", meeting.port, rank=0, size=2, device=device, timeout_seconds=60)
     for _ in range(2):
         assert channels.send(channel, table, weights.items(), device) == answers.get(timeout=60)
     taking.join(60)

@@ -16,7 +16,8 @@ import psutil
 import pytest
 import torch
 from driver import all_end, nothing_left_behind
-from engines import Vllm, unchanged_environment
+from engines import Vllm
+from parts import unchanged_environment
 from tiny import make_tiny_model
 from torch import distributed
 from transformers import AutoModelForCausalLM
@@ -170,7 +171,7 @@ def test_an_engine_on_two_processes_samples_as_one_with_old_and_with_streamed_we
         channel = channels.connect("broadcast", "127.0.0.1", meeting.port, rank=0, device=torch.device("cpu"), **where)
         return channels.send(channel, lay_out(state), state.items(), torch.device("cpu"))
 
-    with ThreadPoolExecutor(1) as thread:
+    with unchanged_environment(), ThreadPoolExecutor(1) as thread:
         sent = thread.submit(send)
         vllm.do(vllm.engine.connect("broadcast", "127.0.0.1", meeting.port, first_rank=1, **where))
         arrived = vllm.do(vllm.engine.load(StreamedWeights(7, lay_out(state), wants_digest=True)))

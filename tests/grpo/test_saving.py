@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from driver import EVERY_STEP, TINY, Run, ended, last_logged, start, until
+from parts import unchanged_environment
 from safetensors.torch import load_file
 from tiny import make_tiny_model, tiny_config
 from torch import distributed
@@ -74,7 +75,8 @@ def fresh(tmp_path: Path) -> Any:
     policy = {"model_name": str(model), "from_scratch": None}
     alone = PolicyWorker(tiny_config(tmp_path, policy=policy), 0, 1, threads=1)
     port = alone.open_store("127.0.0.1")
-    alone.join("127.0.0.1", "127.0.0.1", port)
+    with unchanged_environment():
+        alone.join("127.0.0.1", "127.0.0.1", port)
     alone.load(str(model), None, None, 0)
     yield alone
     distributed.destroy_process_group()
