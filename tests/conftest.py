@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from driver import EVERY_STEP, TINY, Run, run
-from parts import REPOSITORY, SLURMKIT, need_slurm
+from parts import REPOSITORY, SLURMKIT, need_slurm, unchanged_environment
 
 if TYPE_CHECKING:
     from containers import Machines
@@ -89,25 +89,14 @@ def development_cluster(name: str, *arguments: str | Path) -> Iterator[Cluster]:
         subprocess.run([_DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
 
 
-_before_the_first_test: dict[str, str] = {}
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_other_modules() -> Iterator[None]:
+    """Jobs that later tests submit get this process's environment, as from a user's shell: it stays as it was.
 
-
-def pytest_collection_finish() -> None:
-    _before_the_first_test.update(os.environ)
-
-
-@pytest.fixture(autouse=True)
-def environment_of_other_tests() -> Iterator[None]:
-    """Jobs that later tests submit get this process's environment, as from a user's shell: a test leaves it as it was.
-
-    The first fixture that is set up is the last that is taken down, after monkeypatch.
+    The first fixture of a module that is set up is the last that is taken down.
     """
-    yield
-    pytest_s_own = {"PYTEST_CURRENT_TEST": os.environ.get("PYTEST_CURRENT_TEST", "")}
-    expected, found = _before_the_first_test | pytest_s_own, dict(os.environ) | pytest_s_own
-    os.environ.clear()
-    os.environ.update(expected)
-    assert found == expected
+    with unchanged_environment():
+        yield
 
 
 @pytest.fixture(scope="session")

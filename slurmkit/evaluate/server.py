@@ -94,10 +94,12 @@ def vllm_server(
 
 
 def _defaults() -> list[str]:
-    """vLLM's engine and its processes leave a small model on a CPU no time to compile anything for."""
+    """vLLM's engine and its processes leave a small model on a CPU no time to compile anything for. After a part of a
+    prompt, vLLM takes back a request's own random numbers, as generation/vllm_engine.py knows: on a CPU it dies of it.
+    """
     import torch
 
-    return [] if torch.cuda.is_available() else ["--enforce-eager"]
+    return [] if torch.cuda.is_available() else ["--enforce-eager", "--no-enable-chunked-prefill"]
 
 
 def end_with_parent() -> None:

@@ -20,6 +20,8 @@ DEADLINE = 120
 # Where to find this Slurm, in contrast to what to run on it.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"})
 _CHANGING = ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_", "SQUEUE_", "SINFO_", "SCONTROL_", "PYXIS_")
+# Where to find a process of this machine's, which a job's nodes cannot reach or find gone: W&B's, in a notebook.
+_OF_THIS_MACHINE = frozenset({"WANDB_SERVICE"})
 # How Slurm's commands say that the controller is away, in contrast to a refusal (src/common/slurm_errno.c).
 _NO_ANSWER = (
     *("Unable to contact", "Connection refused", "Connection reset", "timed out", "standby mode", "Zero Bytes were"),
@@ -38,8 +40,13 @@ def active_jobs() -> set[str] | None:
 
 
 def submission_environment() -> dict[str, str]:
-    """The caller's environment without the variables by which Slurm's commands would do other than they are told."""
-    return {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_CHANGING)}
+    """The caller's environment without the variables by which Slurm's commands would do other than they are told, and
+    those that are of no use on another machine."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT or not (name in _OF_THIS_MACHINE or name.startswith(_CHANGING))
+    }
 
 
 def release() -> tuple[int, int]:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,20 @@ def test_a_model_is_served_asked_and_judged_and_nothing_of_the_server_is_left(
     log = (tmp_path / "evaluate" / "bfcl-tiny" / "checkpoint" / "server.log").read_text()
     assert "POST /v1/chat/completions" in log
     assert not _serving(model)
+
+
+def test_a_seeded_request_with_a_long_prompt_is_answered(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    asked = {"model": "tiny", "prompt": "a" * 6000, "max_tokens": 4, "seed": 1}
+    with vllm_server(model, "tiny", ["--dtype", "float32"], tmp_path / "server.log", deadline_seconds=300) as served:
+        told = {"Authorization": f"Bearer {served.api_key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{served.base_url}/completions", json.dumps(asked).encode(), told)
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            answered = json.load(reply)
+        served.check()
+    assert answered["usage"]["prompt_tokens"] >= 6000
 
 
 def _serving(model: Path) -> list[psutil.Process]:

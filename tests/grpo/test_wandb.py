@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from driver import CANARY
 from groups import group
-from parts import SLURMKIT
+from parts import SLURMKIT, unchanged_environment
 from tiny import tiny_config
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb_files import records
@@ -70,11 +70,9 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "slurm-7.out").write_text(f"not this: {CANARY}")
     asked = {"mode": "offline", "project": "sums", "tags": TAGS, "group": "seeds", "notes": "Whether it learns."}
     config = tiny_config(run, logger={"wandb_enabled": True, "wandb": asked})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_DATA_DIR", "")
-        patch.delenv("WANDB_DATA_DIR")  # it is put back to this at the end
-        patch.setenv("WANDB_API_KEY", KEY)
-        patch.setenv("SOME_SECRET", CANARY)
+    with unchanged_environment():
+        os.environ.pop("WANDB_DATA_DIR", None)
+        os.environ.update(WANDB_API_KEY=KEY, SOME_SECRET=CANARY)
         for number, resume_after, steps in ((0, None, (0, 1, 2)), (1, 1, (2, 3))):
             attempt = run / f"attempts/{number + 7}.0"
             attempt.mkdir()

@@ -127,6 +127,13 @@ def test_the_caller_s_sbatch_and_slurm_variables_change_nothing(cluster: Cluster
         assert fact in shown
 
 
+def test_wandb_s_process_of_whoever_submits_is_not_the_job_s(cluster: Cluster, shared_path: Path) -> None:
+    test = 'test "$WANDB_PROJECT ${WANDB_SERVICE-none}" = "mine none"'
+    wandb = {"WANDB_PROJECT": "mine", "WANDB_SERVICE": "3-17-unix-/tmp/wandb-17/socket"}
+    done = cluster.slurmkit(shared_path, "submit", "--wait", "-N", "1", "--", "bash", "-c", test, **wandb)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_slurm_stores_is_what_render_prints_and_what_the_run_directory_holds(
     cluster: Cluster, shared_path: Path
 ) -> None:
