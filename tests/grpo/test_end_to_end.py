@@ -211,7 +211,7 @@ def test_a_configuration_is_read_without_importing_what_is_slow() -> None:
 
 
 def test_the_arithmetic_example_learns(tmp_path: Path) -> None:
-    done = run(tmp_path, ARITHMETIC, "grpo.max_num_steps=100", timeout=550)
+    done = run(tmp_path, ARITHMETIC, "grpo.max_num_steps=80", timeout=550)
     assert done.code == 0, done.errors
     accuracy = done.values("val:accuracy")
     assert 0.05 <= accuracy[0] <= 0.25
