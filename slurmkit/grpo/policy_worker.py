@@ -77,7 +77,8 @@ class PolicyWorker:
         self._config = config
         self._rank = rank
         self._num_ranks = num_ranks
-        self._device = torch.device("cuda" if config.cluster.gpus_per_node else "cpu")
+        # torch.cuda.set_device refuses a device without an index. The process sees one GPU.
+        self._device = torch.device("cuda", 0) if config.cluster.gpus_per_node else torch.device("cpu")
         self._timeout = timedelta(seconds=config.cluster.call_timeout_seconds)
         self._version = 0
         self._writer = Writer()

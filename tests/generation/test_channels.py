@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Cluster
 from parts import need_gpu, unchanged_environment
+from tiny import tiny_config
 from torch import distributed
 
 from slurmkit.errors import Failure, NodeFailure
@@ -23,6 +24,7 @@ from slurmkit.generation.machine import use_interface_to
 from slurmkit.generation.shared_tensors import lay_out
 from slurmkit.generation.transfer import PolicyLost, WeightTransfer
 from slurmkit.generation.weights import StreamedWeights
+from slurmkit.grpo.policy_worker import PolicyWorker
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -211,6 +213,24 @@ def test_a_transfer_that_fails_says_how_everybody_stands(
     )
 
 
+def policy_rank(folder: Path) -> PolicyWorker:
+    """A policy rank of a run on GPUs, before it joins the other ranks."""
+    config = tiny_config(folder, cluster={"gpus_per_node": 1})
+    return PolicyWorker(config, 0, 1, threads=torch.get_num_threads())
+
+
+@pytest.mark.parametrize("way", ["ipc", "broadcast"])
+def test_a_policy_rank_joins_a_channel_on_its_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: Any) -> None:
+    chosen = list[int]()
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(channels, "_Ipc", lambda store, device: None)
+    monkeypatch.setattr(channels, "_Broadcast", lambda store, rank, size, device, timeout: None)
+    rank = policy_rank(tmp_path)
+    with unchanged_environment():
+        rank.connect(way, "127.0.0.1", rank.open_channel("127.0.0.1"), size=1)
+    assert chosen == [0]
+
+
 def _take(port: int, table: Any, answers: Any) -> None:
     device = torch.device("cuda", 0)
     channel = channels.connect("ipc", "127.0.0.1", port, rank=1, size=2, device=device, timeout_seconds=60)
@@ -221,9 +241,9 @@ def _take(port: int, table: Any, answers: Any) -> None:
         answers.put(digests[0])
 
 
-def test_memory_of_a_gpu_is_read_by_another_process_bucket_by_bucket() -> None:
+def test_memory_of_a_gpu_is_read_by_another_process_bucket_by_bucket(tmp_path: Path) -> None:
     need_gpu()
-    device, meeting = torch.device("cuda", 0), store()
+    device, meeting = policy_rank(tmp_path)._device, store()
     weights = {name: tensor.to(device) for name, tensor in WEIGHTS.items()}
     weights["larger than a bucket"] = torch.randn(channels.BUCKET_BYTES // 4 + 1, device=device)
     table, context = lay_out(weights, torch.bfloat16), multiprocessing.get_context("spawn")
