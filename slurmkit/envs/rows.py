@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 from slurmkit.config.data import DataSource
 from slurmkit.envs.environment import Message
+from slurmkit.envs.text import refuse_half_pairs
 from slurmkit.errors import UserError
+
+_BATCH = 1000
 
 
 class Row(NamedTuple):
@@ -42,6 +45,11 @@ def read_rows(source: DataSource, key: str) -> Iterator[Row]:
     where it cannot be read or holds no row.
     """
     for name, place, row in read_records(source, key, (source.input_key, source.output_key)):
+        try:
+            for used in (source.input_key, source.output_key):
+                refuse_half_pairs(_value(row, used), used)
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
         *context, question = _messages(row, source.input_key, place)
         answer = _value(row, source.output_key)
         if not isinstance(answer, str):
@@ -122,6 +130,8 @@ def json_lines(path: Path) -> _Rows:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            raise UserError(f"{place}: cannot be read as JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: must be a JSON object, found {type(row).__name__}")
         yield place, number, row
@@ -157,8 +167,7 @@ def _dataset(source: DataSource, key: str, columns: Sequence[str]) -> _Rows:
         )
     except Exception as error:  # the library, and the hub's client below it, raise a dozen kinds
         where = "cannot be read" if Path(name).is_dir() else "is no file or folder here, and cannot be had from the hub"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{key}.data_path: {name} {where}: {reason}") from None
+        raise UserError(f"{key}.data_path: {name} {where}: {_reason(error)}") from None
     if isinstance(found, dict):
         if source.split not in found:
             raise UserError(f"{key}.split: {name} has {', '.join(found)}, not {source.split or 'null'}")
@@ -168,10 +177,19 @@ def _dataset(source: DataSource, key: str, columns: Sequence[str]) -> _Rows:
     has = found.column_names
     _need_columns(name, has, columns)
     number = 0
-    for batch in found.select_columns(list({_column(key, has) for key in columns})).iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield f"{name}: row {number}", number, dict(zip(batch, values, strict=True))
+    try:
+        for batch in found.select_columns(list({_column(key, has) for key in columns})).iter(batch_size=_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield f"{name}: row {number}", number, dict(zip(batch, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: rows {number + 1} to {number + _BATCH}: text that is not UTF-8: {error}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first lines of the error and of its causes: `datasets` names a file's fault only in the last."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return reason if error.__cause__ is None else f"{reason}: {_reason(error.__cause__)}"
 
 
 def _column(key: str, has: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from slurmkit.config.model import ToolParser
 from slurmkit.envs.environment import ToolCall
+from slurmkit.envs.text import is_text
 
 _SHOWN = 100
 _THOUGHT = "</think>"
@@ -153,17 +154,9 @@ def _call(found: Any, parser: ToolParser, known: Collection[str], number: str) -
         wanted = "parameters" if parser == "llama3_json" else "arguments"
         return MalformedCall(number, name, _answer(f'"{wanted}" must be a JSON object, {{}} for none', parser))
     arguments = json.dumps(found[key], ensure_ascii=False)
-    if not _is_text(arguments):
+    if not is_text(arguments):
         return MalformedCall(number, name, _answer("its arguments hold half of a surrogate pair", parser))
     return ToolCall(number, name, arguments)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _answer(problem: str, parser: ToolParser) -> str:

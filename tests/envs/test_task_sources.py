@@ -110,6 +110,43 @@ def test_what_cannot_be_read_is_named_for_all_sources_at_once(tmp_path: Path) ->
         assert re.search(pattern, line), line
 
 
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"question": "1 \ud83d", "answer": "1"}, r"the key 'question' .*: '\\ud83d' at position 2"),
+        ({"question": "1", "answer": "1 \ude00"}, r"the key 'answer' .*: '\\ude00' at position 2"),
+        ({"question": [{"role": "user", "content": "\ud83d"}], "answer": "1"}, r"the key 'question\.0\.content' "),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_line_and_key(tmp_path: Path, row: dict[str, Any], place: str) -> None:
+    whole = {"question": "\ud83d\ude00", "answer": "1", "unused": "\ud83d"}
+    with pytest.raises(UserError, match=rf"/rows\.jsonl:2: {place}"):
+        read({"data_path": jsonl(tmp_path / "rows.jsonl", [whole, row])})
+
+
+def test_tables_of_the_library_with_text_that_is_not_utf8_are_named(tmp_path: Path) -> None:
+    lines, tables = tmp_path / "lines", tmp_path / "tables"
+    for folder in (lines, tables):
+        folder.mkdir()
+    jsonl(lines / "train.jsonl", [*ROWS, {"question": "\ud83d", "answer": "1"}])
+    bad = pyarrow.array([b"1", b"\xed\xa0\xbd"]).view(pyarrow.string())
+    table = pyarrow.table({"question": bad, "answer": pyarrow.array(["1", "2"])})
+    pyarrow.parquet.write_table(table, tables / "train.parquet")
+    with pytest.raises(UserError) as refused:
+        read([{"data_path": str(folder), "split": "train"} for folder in (lines, tables)])
+    first, second = str(refused.value).splitlines()
+    assert re.search(r"/lines cannot be read: .*surrogate pair in string is invalid. in row 6", first), first
+    assert re.search(r"/tables: rows 1 to 1000: text that is not UTF-8: 'utf-8' codec can't decode", second), second
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "1" * 5000])
+def test_json_that_python_does_not_read_is_named_by_its_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{json.dumps(ROWS[0])}\n{{"question": {value}, "answer": "1"}}\n')
+    with pytest.raises(UserError, match=r"/rows\.jsonl:2: cannot be read as JSON: "):
+        read({"data_path": str(path)})
+
+
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
     for split, shown in ((None, "null"), ("test", "test")):

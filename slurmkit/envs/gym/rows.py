@@ -12,6 +12,7 @@ from typing import Any
 
 from slurmkit.envs.environment import Message, Task, Tool, ToolCall
 from slurmkit.envs.rows import json_lines
+from slurmkit.envs.text import refuse_half_pairs
 from slurmkit.errors import UserError
 
 _ROLES: Mapping[Any, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -49,6 +50,8 @@ def read_tasks(path: Path) -> Iterator[Task]:
 def row_of(text: str) -> Row:
     """The row that a line is. ValueError says what is wrong with it."""
     body = json.loads(text)
+    for name, value in body.items():
+        refuse_half_pairs(value, name)
     params = body.get("responses_create_params")
     if not isinstance(params, dict):
         raise ValueError(f"the key 'responses_create_params' must hold an object (keys: {', '.join(body) or 'none'})")

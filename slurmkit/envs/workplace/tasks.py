@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from slurmkit.config.data import DataSource
 from slurmkit.envs.environment import Message, Task, Tool
 from slurmkit.envs.rows import Record, read_records
+from slurmkit.envs.text import refuse_half_pairs
 from slurmkit.envs.workplace.definitions import DEFINITIONS
 from slurmkit.envs.workplace.scoring import Call, failures
 from slurmkit.envs.workplace.world import World
@@ -86,6 +87,7 @@ def read_tasks(source: DataSource, key: str, world: World, tools: ToolSets) -> I
 
 def _gym_task(row: Mapping[str, Any]) -> _Parts:
     parameters = _json(row.get("responses_create_params"), "responses_create_params", dict)
+    refuse_half_pairs(parameters, "responses_create_params")
     said = parameters.get("input")
     if isinstance(said, str):
         said = [{"role": "user", "content": said}]
@@ -98,6 +100,7 @@ def _gym_task(row: Mapping[str, Any]) -> _Parts:
             "must be the user's"
         )
     found = _json(parameters.get("tools", []), "responses_create_params.tools", list)
+    refuse_half_pairs(found, "responses_create_params.tools")
     offered = [_function(tool, f"responses_create_params.tools.{i}") for i, tool in enumerate(found)]
     gold = _json(row.get("ground_truth"), "ground_truth", list)
     return messages, offered, tuple(_gold_call(call, f"ground_truth.{i}") for i, call in enumerate(gold))
@@ -108,7 +111,7 @@ def _json(value: Any, key: str, kind: type[dict[str, Any]] | type[list[Any]]) ->
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{key} is no JSON: {error}") from None
     if not isinstance(value, kind):
         name = "an object" if kind is dict else "a list"
@@ -156,6 +159,7 @@ def _check(calls: Sequence[Call], world: World) -> None:
         if name not in DEFINITIONS:
             raise ValueError(f"the expected calls name a tool that there is not: {name}")
         parameters, arguments = DEFINITIONS[name]["parameters"], json.loads(text)
+        refuse_half_pairs(arguments, name)
         for argument, value in arguments.items():
             kind = parameters["properties"].get(argument, {}).get("type")
             if kind is None:

@@ -83,6 +83,14 @@ def test_items_of_earlier_turns_become_messages_with_their_calls() -> None:
             "tools.0.parameters must be a JSON schema",
         ),
         (params(tools="all"), "tools must be a list, found str"),
+        (
+            params(input=[{"role": "user", "content": [{"text": "\ud83d"}]}]),
+            "the key 'responses_create_params.input.0.content.0.text' holds half of a surrogate pair",
+        ),
+        (
+            json.dumps({"responses_create_params": {"input": "a"}, "truth": {"\ude00": 1}}),
+            r"the key 'truth.\ude00' holds half of a surrogate pair",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_put_to_a_model_is_named_by_file_line_and_key(

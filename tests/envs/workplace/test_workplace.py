@@ -303,6 +303,16 @@ def test_a_customer_without_an_address_makes_a_search_for_addresses_fail_as_it_d
         ({"responses_create_params": {"input": "a", "tools": ["x"]}}, r"rows\.jsonl:2: .*tools\.0 is no tool"),
         ({"responses_create_params": {"input": "a", "tools": "[{"}}, r"rows\.jsonl:2: .*tools is no JSON"),
         ({"responses_create_params": "{"}, r"rows\.jsonl:2: responses_create_params is no JSON"),
+        ({"responses_create_params": {"input": "\ud83d"}}, r"rows\.jsonl:2: the key 'responses_create_params\.input' "),
+        ({"responses_create_params": '{"input": "\\ude00"}'}, r"rows\.jsonl:2: .* half of a surrogate pair"),
+        (
+            {"responses_create_params": {"input": "a", "tools": '["\\ud83d"]'}},
+            r"rows\.jsonl:2: the key 'responses_create_params\.tools\.0' ",
+        ),
+        (
+            {"ground_truth": [{"name": "email_delete_email", "arguments": '{"email_id": "\\ud83d"}'}]},
+            r"rows\.jsonl:2: the key 'email_delete_email\.email_id' ",
+        ),
         ({"ground_truth": None}, r"rows\.jsonl:2: ground_truth must be a list, found NoneType"),
         ({"ground_truth": [{"name": "x", "arguments": "{}"}]}, r"rows\.jsonl:2: .* a tool that there is not: x"),
         ({"ground_truth": [{"name": "email_delete_email", "arguments": {}}]}, r"0\.arguments must be a JSON object"),
@@ -347,6 +357,10 @@ def test_of_many_bad_rows_five_are_named_and_the_rest_counted_and_they_can_be_le
         ("query,answer\n,[]\n", r"tasks\.csv:2: there is no prompt: the column 'query'"),
         ('query,answer\ndo,"[\'email.delete_email(7)\']"\n', r"tasks\.csv:2: the column 'answer' must be a list"),
         ('query,answer\ndo,"[\'email.nothing.func()\']"\n', r"tasks\.csv:2: .* that there is not: email_nothing"),
+        (
+            'query,answer\ndo,"[\'email.delete_email.func(email_id=""\\\\ud83d"")\']"\n',
+            r"tasks\.csv:2: the key 'email_delete_email\.email_id' holds half",
+        ),
         ("query,answer\ndo,oops(\n", r"tasks\.csv:2: the column 'answer'"),
         ("query,answer\n", r"tasks\.csv: holds no task"),
     ],
