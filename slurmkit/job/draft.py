@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 
-import yaml
-
+from slurmkit.config.yaml12 import parse_value
 from slurmkit.slurm.client import Gres, Partition
 
 _HEAD = """\
@@ -34,7 +35,7 @@ _REST = """
 #   env: {NCCL_SOCKET_IFNAME: ib0}
 #   mounts: ["/shared:/shared"]
 #   prologue: [module load cuda]
-#   epilogue: [rm -rf "/scratch/$SLURM_JOB_ID"]
+#   epilogue: [sync]  # on the first node only
 
 # Templates that extend or replace slurmkit's: a folder beside this file.
 # templates: templates
@@ -96,5 +97,6 @@ def _time(minutes: int) -> str:
 
 
 def _text(value: str) -> str:
-    """A scalar as YAML writes it, quoted where it must be."""
-    return yaml.safe_dump(value, width=1000).removesuffix("\n...\n").removesuffix("\n")
+    """Return the text as a YAML scalar, quoted if YAML 1.2 would read the plain form as something else."""
+    is_plain = re.fullmatch(r"\w[\w.:/+-]*", value) is not None and parse_value(value) == value
+    return value if is_plain else json.dumps(value)

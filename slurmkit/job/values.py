@@ -15,9 +15,12 @@ _TIME = re.compile(
     r"(?P<d>\d+)-(?P<dh>\d{1,2})(?::(?P<dm>\d{1,2})(?::(?P<ds>\d{1,2}))?)?|(?P<plain>\d+(?::\d{1,2}){0,2})"
 )
 _MEMORY = re.compile(r"(\d+)([KMGTkmgt]?)")
-_GRES_ITEM = r"[A-Za-z_]\w*(?::[A-Za-z_][A-Za-z0-9_.-]*)?(?::\d+[KMGTkmgt]?)?"
+# A type may begin with a digit (2080ti, 1g.5gb), but then Slurm requires a count: it reads gpu:2080ti as a number.
+_TYPE = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
+_GRES_COUNT = re.compile(r"(\d+)([KMGTkmgt]?)")
+_GRES_ITEM = rf"[A-Za-z_]\w*(?::[A-Za-z_][A-Za-z0-9_.+-]*|(?::{_TYPE})?:{_GRES_COUNT.pattern})?"
 _GRES = re.compile(rf"{_GRES_ITEM}(?:,{_GRES_ITEM})*")
-_GPUS_ITEM = r"(?:[A-Za-z_][A-Za-z0-9_.-]*:)?\d+"
+_GPUS_ITEM = rf"(?:{_TYPE}:)?\d+"
 _GPUS = re.compile(rf"{_GPUS_ITEM}(?:,{_GPUS_ITEM})*")
 _ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SIGNAL = re.compile(r"(?:R?B:|R:)?(?:[A-Z][A-Z0-9]*|\d+)(?:@\d+)?")
@@ -61,7 +64,8 @@ def gpus_in_gres(gres: str) -> int:
     for item in gres.split(","):
         kind, *rest = item.split(":")
         if kind == "gpu":
-            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+            count = _GRES_COUNT.fullmatch(rest[-1]) if rest else None
+            total += int(count[1]) * 1024 ** " KMGT".index(count[2].upper() or " ") if count else 1
     return total
 
 
@@ -153,7 +157,7 @@ AbsolutePath = Annotated[str, AfterValidator(_path)]
 Interpreter = Annotated[str, AfterValidator(_interpreter)]
 Time = Annotated[Line, _matching(_TIME, "a Slurm time: minutes, h:mm:ss or d-hh:mm:ss")]
 Memory = Annotated[Line, _matching(_MEMORY, "a size such as 64G")]
-Gres = Annotated[Line, _matching(_GRES, "a GRES such as gpu:8 or gpu:h100:8")]
+Gres = Annotated[Line, _matching(_GRES, "a GRES such as gpu:8, gpu:h100:8 or gpu:2080ti:1")]
 Gpus = Annotated[Line, _matching(_GPUS, "a count or TYPE:COUNT, such as 8 or h100:8")]
 Signal = Annotated[Line, _matching(_SIGNAL, "a signal for sbatch, such as B:USR2@300")]
 # `umask: 027` is the number 27 in YAML, and means the same.

@@ -93,7 +93,7 @@ FLAGS = [
     ("--mem 64GB -- true", "mem: '64GB' is not a size such as 64G"),
     ("--mem 1.5G -- true", "mem: '1.5G' is not a size such as 64G"),
     ("--mem 64G --set mem_per_gpu=8G -- true", "mem (64G) and mem_per_gpu (8G) both ask for memory; give one"),
-    ("--gres gpu: -- true", "gres: 'gpu:' is not a GRES such as gpu:8 or gpu:h100:8"),
+    ("--gres gpu: -- true", "gres: 'gpu:' is not a GRES such as gpu:8, gpu:h100:8 or gpu:2080ti:1"),
     ("--gres 8 -- true", "gres: '8' is not a GRES"),
     ("--gres gpu:h100:8:9 -- true", "gres: 'gpu:h100:8:9' is not a GRES"),
     ("--gres gpu:8 --gpus-per-node 8 -- true", "gres (gpu:8) and gpus_per_node (8) both ask for GPUs; give one"),

@@ -248,11 +248,11 @@ def test_two_clusters_are_up_side_by_side_and_down_of_one_leaves_the_other(
     site = tmp_path / "site.conf"
     site.write_text("EnforcePartLimits=ALL\nSlurmdTimeout=77\nPartitionName=high Nodes=ALL MaxTime=00:10:00")
     sizes = ("--tmp-size", "64m", "--shm-size", "32m")
-    other.up("--nodes", "1", "--no-accounting", "--gpus", "2", "--gpu-type", "a100", "--conf", site, *sizes)
+    other.up("--nodes", "1", "--no-accounting", "--gpus", "2", "--gpu-type", "2080ti", "--conf", site, *sizes)
     assert other.network() != cluster.network()
     assert other.slurm("sinfo", "-h", "-o", "%P %l %D %T %G").splitlines() == [
-        "high 10:00 1 idle gpu:a100:2",
-        "batch* 1-00:00:00 1 idle gpu:a100:2",
+        "high 10:00 1 idle gpu:2080ti:2",
+        "batch* 1-00:00:00 1 idle gpu:2080ti:2",
     ]
     assert "SlurmdTimeout           = 77 sec" in other.slurm("scontrol", "show", "config")
     assert other.node("node1", "df --output=size -m /tmp /dev/shm | tail -n +2").split() == ["64", "32"]

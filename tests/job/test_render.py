@@ -250,6 +250,26 @@ def test_every_environment_value_arrives_as_typed(value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "gpus"),
+    [
+        ({"gres": "gpu:8"}, 8),
+        ({"gres": "gpu:4090"}, 4090),
+        ({"gres": "gpu:4090:8"}, 8),
+        ({"gres": "gpu:2080ti:2"}, 2),
+        ({"gres": "gpu:1g.5gb:2"}, 2),
+        ({"gres": "gpu:3090:2,gpu:h100:1"}, 3),
+        ({"gpus_per_node": "3090:4"}, 4),
+        ({"gpus": "2080ti:2"}, 2),
+    ],
+)
+def test_a_gpu_type_may_begin_with_a_digit(keys: dict[str, str], gpus: int) -> None:
+    job = spec(**keys)
+    assert job.total_gpus == gpus
+    [(key, value)] = keys.items()
+    assert f"{key.replace('_', '-')}={value}" in directives(render(job))
+
+
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"name": "a/b"}, "cannot be a run's name"),
@@ -260,6 +280,7 @@ def test_every_environment_value_arrives_as_typed(value: str) -> None:
         ({"time": "1h"}, "is not a Slurm time"),
         ({"mem": "64 GB"}, "is not a size"),
         ({"gres": "gpu:"}, "is not a GRES"),
+        ({"gres": "gpu:2080ti"}, "is not a GRES such as gpu:8, gpu:h100:8 or gpu:2080ti:1"),
         ({"gres": "gpu:8", "gpus_per_node": 8}, "both ask for GPUs"),
         ({"env": {"1A": "x"}}, "cannot name an environment variable"),
         ({"env": {"SLURM_JOB_ID": "1"}}, "belongs to Slurm"),

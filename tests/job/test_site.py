@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slurmkit.errors import UserError
 from slurmkit.job.draft import draft
@@ -226,6 +228,36 @@ def test_a_drafted_site_file_passes_lint_and_holds_what_the_cluster_said(tmp_pat
     assert site.rules.partitions["mixed: #1"].limits["nodes"].max == 8
     assert "DRAIN, 20 nodes: 16 to 64 CPUs, 64000 to 512000 MB, gpu:a100:4, gpu:h100:8" in path.read_text()
     assert "pyxis is not installed" in path.read_text()
+
+
+TYPES = st.sampled_from(["", "h100", "2080ti", "4090", "1g.5gb", "nvidia_h100_80gb_hbm3_1g.10gb", "a100-sxm4+"])
+GRES = st.builds(Gres, st.sampled_from(["gpu", "shard", "nic"]), TYPES, st.integers(1, 2**20))
+WORD = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"], exclude_characters=",'"), min_size=1)
+PARTITIONS = st.builds(
+    Partition,
+    WORD | st.sampled_from(["1", "1:30", "null", "yes", "gpu:8", "1e3"]),
+    st.booleans(),
+    st.just("UP"),
+    st.integers(0, 9),
+    st.none() | st.integers(0, 10**6),
+    st.none(),
+    st.none() | st.integers(1, 20),
+    st.lists(GRES, max_size=3).map(tuple),
+    st.just((1, 2)),
+    st.just((1, 2)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(partitions=st.lists(PARTITIONS, max_size=3, unique_by=lambda partition: partition.name))
+def test_every_draft_passes_lint_with_its_suggestions(
+    partitions: list[Partition], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("draft") / "site.yaml"
+    text = draft(partitions, pyxis=False)
+    for written in (text, text.replace("# defaults:", "defaults:")):
+        path.write_text(written)
+        assert list(read_site(path).rules.partitions) == [partition.name for partition in partitions]
 
 
 @pytest.fixture

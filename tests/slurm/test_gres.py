@@ -1,8 +1,8 @@
 """What Slurm can be asked for, on a real Slurm whose nodes differ, and what Ray then registers on each node.
 
 node1  16 CPUs, 8 h100              features ib and big
-node2   8 CPUs, 4 h100 and 4 a100   feature ib
-node3  12 CPUs, 4 h100 and 4 a100
+node2   8 CPUs, 4 h100 and 4 2080ti  feature ib
+node3  12 CPUs, 4 h100 and 4 2080ti
 node4   4 CPUs, 4 h100 of 4 shards each
 """
 
@@ -30,15 +30,15 @@ GresTypes=gpu,shard
 DefMemPerCPU=1000
 TopologyPlugin=topology/tree
 NodeName=node1 CPUs=16 CoresPerSocket=16 RealMemory=64000 Gres=gpu:h100:8 Feature=ib,big
-NodeName=node2 CPUs=8 CoresPerSocket=8 RealMemory=32000 Gres=gpu:h100:4,gpu:a100:4 Feature=ib
-NodeName=node3 CPUs=12 CoresPerSocket=12 RealMemory=32000 Gres=gpu:h100:4,gpu:a100:4
+NodeName=node2 CPUs=8 CoresPerSocket=8 RealMemory=32000 Gres=gpu:h100:4,gpu:2080ti:4 Feature=ib
+NodeName=node3 CPUs=12 CoresPerSocket=12 RealMemory=32000 Gres=gpu:h100:4,gpu:2080ti:4
 NodeName=node4 CPUs=4 CoresPerSocket=4 RealMemory=16000 Gres=gpu:h100:4,shard:16
 """
 TOPOLOGY = "SwitchName=leaf1 Nodes=node[1-2]\nSwitchName=leaf2 Nodes=node[3-4]\nSwitchName=top Switches=leaf[1-2]\n"
 GRES = """
 NodeName=node1 Name=gpu Type=h100 File=STATE/dev/nvidia[0-7]
 NodeName=node[2-3] Name=gpu Type=h100 File=STATE/dev/nvidia[0-3]
-NodeName=node[2-3] Name=gpu Type=a100 File=STATE/dev/nvidia[4-7]
+NodeName=node[2-3] Name=gpu Type=2080ti File=STATE/dev/nvidia[4-7]
 NodeName=node4 Name=gpu Type=h100 File=STATE/dev/nvidia[0-3]
 NodeName=node4 Name=shard Count=16
 """
@@ -51,7 +51,7 @@ seen = {"nodes": {n["NodeManagerHostname"]: [n["Resources"]["CPU"], n["Resources
 if sys.argv[1:]:
     @ray.remote(num_cpus=0, num_gpus=int(sys.argv[1]))
     def devices():
-        return sorted(["h100", "a100"][int(device) // 4] for device in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        return sorted(["h100", "2080ti"][int(device) // 4] for device in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
     seen["devices"] = ray.get(devices.remote())
 print(json.dumps(seen))
 """
@@ -86,16 +86,16 @@ FORMS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
         {"nodes": {"node1": [16, 4], "node4": [4, 4]}},
     ),
     "two types on each node": (
-        {"gres": "gpu:h100:2,gpu:a100:2", "nodes": "2", "cpus_per_task": "2"},
-        {"nodes": {"node2": [2, 4], "node3": [2, 4]}, "devices": ["a100", "a100", "h100", "h100"]},
+        {"gres": "gpu:h100:2,gpu:2080ti:2", "nodes": "2", "cpus_per_task": "2"},
+        {"nodes": {"node2": [2, 4], "node3": [2, 4]}, "devices": ["2080ti", "2080ti", "h100", "h100"]},
     ),
     "--gpus, unevenly over two nodes": (
         {"gpus": "9", "nodes": "2", "nodelist": "node[1-2]"},
         {"nodes": {"node1": [1, 8], "node2": [1, 1]}},
     ),
     "typed --gpus-per-node with CPUs for each": (
-        {"gpus_per_node": "a100:3", "cpus_per_gpu": "2", "mem_per_gpu": "500", "nodelist": "node3"},
-        {"nodes": {"node3": [6, 3]}, "devices": ["a100"] * 3},
+        {"gpus_per_node": "2080ti:3", "cpus_per_gpu": "2", "mem_per_gpu": "500", "nodelist": "node3"},
+        {"nodes": {"node3": [6, 3]}, "devices": ["2080ti"] * 3},
     ),
     "shards of one GPU": ({"gres": "shard:3"}, {"nodes": {"node4": [1, 1]}, "devices": ["h100"]}),
     "none": ({"nodelist": "node3"}, {"nodes": {"node3": [1, 0]}}),
@@ -200,9 +200,9 @@ ACCEPTED: dict[str, list[object]] = {
     "nodelist": ["node[2-3]", "node[1,4]"],
     "exclude": ["node1", "node[1-2],node4"],
     "exclusive": [True, "user", "mcs"],
-    "gres": ["gpu", "gpu:8", "gpu:h100:8", "gpu:a100", "gpu:h100:4,gpu:a100:4", "shard:4", "shard"],
-    "gpus": ["2", "8", "16", "h100:6,a100:2"],
-    "gpus_per_node": ["8", "h100:8", "h100:2,a100:2"],
+    "gres": ["gpu", "gpu:8", "gpu:h100:8", "gpu:2080ti:1", "gpu:h100", "gpu:h100:4,gpu:2080ti:4", "shard:4", "shard"],
+    "gpus": ["2", "8", "16", "h100:6,2080ti:2"],
+    "gpus_per_node": ["8", "h100:8", "h100:2,2080ti:2"],
     "cpus_per_task": [12],
     "cpus_per_gpu": [2],
     "mem": ["1G", "0", "4096", "16000M"],
@@ -237,6 +237,16 @@ def refused(cluster: Cluster, script: str) -> str | None:
         ["sbatch", "--test-only"], input=script, env=cluster.environment, capture_output=True, text=True, timeout=60
     )
     return None if done.returncode == 0 else done.stderr
+
+
+def test_a_drafted_site_file_holds_a_gpu_type_that_begins_with_a_digit(mixed: Cluster, tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    assert mixed.slurmkit(tmp_path, "site", "init", "--out", site).returncode == 0
+    text = site.read_text()
+    assert "gres: gpu:2080ti:4" in text
+    site.write_text(text.replace("# defaults:", "defaults:"))
+    linted = mixed.slurmkit(tmp_path, "site", "lint", site)
+    assert linted.returncode == 0, linted.stderr
 
 
 def test_this_slurm_accepts_every_directive_that_a_job_can_have(mixed: Cluster) -> None:
