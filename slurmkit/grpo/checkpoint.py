@@ -111,9 +111,9 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Renew the links, then remove what they and keep_top_k do not ask for."""
         folders, keep = self.all(), self._config.keep_top_k
-        # Of equally good ones the newer is better: it has seen more.
-        ranked = sorted(folders, key=lambda folder: (self._value(folder), step_of(folder)), reverse=True)
-        has_best = self._config.metric_name is not None and self._value(ranked[0]) > -math.inf
+        ranks = {folder: self._rank(folder) for folder in folders}
+        ranked = sorted(folders, key=ranks.__getitem__, reverse=True)
+        has_best = self._config.metric_name is not None and ranks[ranked[0]][0]
         try:
             self._link("latest", folders[-1])
             self._link("best", ranked[0] if has_best else None)
@@ -138,15 +138,20 @@ class Checkpoints:
         os.replace(folder, removed)
         shutil.rmtree(removed)
 
-    def _value(self, folder: Path) -> float:
-        name = self._config.metric_name
-        if name is None:
-            return 0.0
-        try:
-            value = state_of(folder).metrics.get(name, -math.inf)
-        except (OSError, ValueError, TypeError):
-            return -math.inf  # a damaged one is the first to go
-        return value if self._config.higher_is_better else -value
+    def _rank(self, folder: Path) -> tuple[bool, float, int]:
+        """Return a sort key: a checkpoint with the metric first, then the better value, then the newer step.
+
+        A checkpoint saved on SIGTERM or at the time limit can lack the metric, and a NaN is no value.
+        """
+        name, value = self._config.metric_name, 0.0
+        if name is not None:
+            try:
+                value = float(state_of(folder).metrics.get(name, math.nan))
+            except (OSError, ValueError, TypeError):
+                value = math.nan  # damaged: remove it first
+        if math.isnan(value):
+            return False, 0.0, step_of(folder)
+        return True, value if self._config.higher_is_better else -value, step_of(folder)
 
 
 def flush(folder: Path) -> None:

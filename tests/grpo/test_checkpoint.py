@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -23,12 +24,12 @@ async def write_model(folder: Path) -> None:
     (folder / "optimizer.pt").write_bytes(b"moments")
 
 
-def save(folder: Path, *accuracies: float, write: Any = write_model, **config: Any) -> Checkpoints:
-    """Save one checkpoint per accuracy, as steps 1, 2, 3 …"""
+def save(folder: Path, *accuracies: float | None, write: Any = write_model, **config: Any) -> Checkpoints:
+    """Save one checkpoint per accuracy, as steps 1, 2, 3 …; None saves one without the metric."""
     checkpoints = Checkpoints(folder, Checkpointing(**config))
     for step, accuracy in enumerate(accuracies, start=1):
-        state = TrainerState(step, 10 * step, step, 0, "digest", {"val:accuracy": accuracy})
-        asyncio.run(checkpoints.save(state, write))
+        metrics = {} if accuracy is None else {"val:accuracy": accuracy}
+        asyncio.run(checkpoints.save(TrainerState(step, 10 * step, step, 0, "digest", metrics), write))
     return checkpoints
 
 
@@ -141,10 +142,15 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
         ((0.5, 0.9, 0.8, 0.1), {"keep_top_k": None}, [1, 2, 3, 4]),
         ((0.5, 0.9, 0.8, 0.1), {"keep_top_k": 2, "metric_name": None}, [3, 4]),
         ((0.5, 0.5, 0.5), {"keep_top_k": 1}, [3]),
+        ((0.5, None, 0.9, None), {"keep_top_k": 1, "higher_is_better": False}, [1, 4]),
+        ((0.5, None, 0.9, None), {"keep_top_k": 1}, [3, 4]),
+        ((0.5, math.nan, 0.9, None), {"keep_top_k": 1, "higher_is_better": False}, [1, 4]),
+        ((0.5, math.nan, 0.4, math.nan), {"keep_top_k": 1}, [1, 4]),
+        ((None, None, None), {"keep_top_k": 2, "higher_is_better": False}, [2, 3]),
     ],
 )
 def test_the_best_and_the_latest_are_kept(
-    tmp_path: Path, accuracies: tuple[float, ...], config: dict[str, Any], expected: list[int]
+    tmp_path: Path, accuracies: tuple[float | None, ...], config: dict[str, Any], expected: list[int]
 ) -> None:
     save(tmp_path, *accuracies, **config)
     assert kept(tmp_path) == expected
@@ -158,10 +164,14 @@ def test_the_best_and_the_latest_are_kept(
         ((0.5, 0.9, 0.8, 0.1), {"higher_is_better": False}, "step_4"),
         ((0.5, 0.9), {"metric_name": None}, None),
         ((0.5, 0.9), {"metric_name": "val:reward_mean"}, None),
+        ((0.9, 0.5, None), {"higher_is_better": False}, "step_2"),
+        ((0.9, 0.5, math.nan), {"higher_is_better": False}, "step_2"),
+        ((0.9, 0.5, math.nan), {}, "step_1"),
+        ((None, math.nan), {"higher_is_better": False}, None),
     ],
 )
 def test_links_name_the_best_and_the_latest(
-    tmp_path: Path, accuracies: tuple[float, ...], config: dict[str, Any], best: str | None
+    tmp_path: Path, accuracies: tuple[float | None, ...], config: dict[str, Any], best: str | None
 ) -> None:
     checkpoints = save(tmp_path, *accuracies, **config)
     assert os.readlink(tmp_path / "latest") == f"step_{len(accuracies)}"
