@@ -263,8 +263,8 @@ class LossFn(Section):
     """Take the penalty off the reward of the episode, before the advantage, instead of adding it to the loss."""
     use_on_policy_kl_approximation: bool = False
     """Weigh a token's KL by the ratio of policy and engine, so that it is the present policy's."""
-    kl_input_clamp_value: Annotated[float, Field(gt=0, le=80)] = 20.0
-    """A token's log-ratio of reference and policy is clamped to this on both sides."""
+    kl_input_clamp_value: Annotated[float, Field(gt=0, le=80)] | None = 20.0
+    """A token's log-ratio of reference and policy is clamped to this on both sides; null leaves it."""
     kl_output_clamp_value: Positive | None = 10.0
     """A token's KL is clamped to this on both sides, and has no gradient outside; null leaves it."""
 

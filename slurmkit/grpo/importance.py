@@ -33,6 +33,11 @@ def sequence_means(values_T: torch.Tensor, mask_T: torch.Tensor, lengths: Sequen
     return sequence_sums(values_T, lengths) / sequence_sums(mask_T.float(), lengths).clamp(min=1)
 
 
+def sequence_shares(mask_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Return 1 / n at each of a sequence's n trained tokens, so that a sum over tokens counts sequences."""
+    return mask_T / sequence_sums(mask_T.float(), lengths).clamp(min=1)
+
+
 @torch.no_grad()
 def engine_correction(
     log_weight_T: torch.Tensor, mask_T: torch.Tensor, lengths: Sequence[int], loss_fn: LossFn

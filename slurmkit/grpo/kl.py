@@ -25,7 +25,9 @@ def reference_kl(
     each token weighs exp() of it.
     """
     bound = loss_fn.kl_input_clamp_value
-    log_ratio_T = (reference_T - logprobs_T).clamp(-bound, bound)
+    log_ratio_T = reference_T - logprobs_T
+    if bound is not None:
+        log_ratio_T = log_ratio_T.clamp(-bound, bound)
     k2_T = log_ratio_T.square() / 2
     values = {"k1": -log_ratio_T, "k2": k2_T, "k3": log_ratio_T.expm1() - log_ratio_T}
     value_T = values[loss_fn.reference_policy_kl_type]

@@ -9,7 +9,7 @@ import torch
 
 from slurmkit.config.algorithm import LossFn
 from slurmkit.grpo.batch import MicroBatch
-from slurmkit.grpo.importance import MAX_LOG_RATIO, bounded_exp, engine_correction, sequence_means
+from slurmkit.grpo.importance import MAX_LOG_RATIO, bounded_exp, engine_correction, sequence_means, sequence_shares
 from slurmkit.grpo.kl import reference_kl
 from slurmkit.grpo.loss_sums import LossSums
 
@@ -66,10 +66,12 @@ def policy_loss(
     loss = (loss_T * weights_T).sum()
 
     with torch.no_grad():
+        shares_T = sequence_shares(mask_T, batch.lengths)
         sums = LossSums.over(
             mask_T,
             {
                 "tokens": torch.ones_like(weights_T),
+                "sequences": shares_T,
                 "loss": loss_T * weights_T,
                 "policy_loss": surrogate_T * weights_T,
                 "ratio": ratio_T,
@@ -81,6 +83,7 @@ def policy_loss(
                 "engine_kl": _k3(prev_T - sampled_T),
                 "correction": correction_T,
                 "out_of_bounds": is_out_T,
+                "sequences_out_of_bounds": is_out_T * shares_T,
             },
             ratio_T,
         )

@@ -17,6 +17,7 @@ class LossSums:
     """Sums over trained tokens, detached, so that micro-batches, ranks and optimiser steps add up: `a + b`."""
 
     tokens: float = 0.0
+    sequences: float = 0.0
     loss: float = 0.0
     policy_loss: float = 0.0
     ratio: float = 0.0
@@ -30,6 +31,7 @@ class LossSums:
     engine_kl: float = 0.0
     correction: float = 0.0
     out_of_bounds: float = 0.0
+    sequences_out_of_bounds: float = 0.0
     ratio_min: float = inf
     """The least, not a sum."""
     ratio_max: float = -inf
@@ -78,6 +80,8 @@ class LossSums:
             "train:gen_kl_error": self.engine_kl / self.tokens,
             "train:sampling_importance_ratio": self.correction / self.tokens,
         }
-        if loss_fn.truncated_importance_sampling_type:
+        if loss_fn.truncated_importance_sampling_type == "seq-mask-tis":  # keeps or drops whole sequences
+            metrics["train:is_oob_ratio"] = self.sequences_out_of_bounds / self.sequences
+        elif loss_fn.truncated_importance_sampling_type:
             metrics["train:is_oob_ratio"] = self.out_of_bounds / self.tokens
         return metrics

@@ -337,6 +337,40 @@ def test_a_reference_far_away_has_a_finite_kl(difference: float, kl: float, limi
     assert sums.reference_kl == pytest.approx(limit or kl, rel=1e-6)
 
 
+def test_without_clamps_a_kl_is_the_bare_estimate() -> None:
+    bare = {"kl_input_clamp_value": None, "kl_output_clamp_value": None, "reference_policy_kl_penalty": 1.0}
+    for kind, kl in (("k1", -25.0), ("k2", 312.5), ("k3", math.expm1(25) - 25)):
+        logprobs_T, batch = a_batch([-60.0], [-60.0], [0.0], reference=[-35.0])
+        loss, sums = compute(logprobs_T, batch, reference_policy_kl_type=kind, **bare)
+        loss.backward()
+        assert sums.reference_kl == pytest.approx(kl, rel=1e-6)
+        assert logprobs_T.grad is not None
+        assert logprobs_T.grad.tolist() == [-25.0]
+
+
+def test_is_oob_ratio_counts_sequences_with_seq_mask_tis() -> None:
+    """Sequences of 1, 3 and 2 trained tokens: geometric means 1.5, (0.9 · 1.1 · 1.6)^(1/3) = 1.17 and 1.0.
+
+    With the bounds 0.8 and 1.2 one sequence of three is out of bounds, as NeMo RL counts; it has one token of six.
+    The fourth sequence trains no token and is not counted. `icepop` counts tokens: 1.5 and 1.6 are two of six.
+    """
+    ratios = [9.0, 1.5, 9.0, 0.9, 1.1, 1.6, 9.0, 1.0, 1.0, 9.0, 9.0]
+    trained = [False, True, False, True, True, True, False, True, True, False, False]
+    prev = [math.log(ratio) - 1.0 for ratio in ratios]
+    found = {}
+    for kind in ("seq-mask-tis", "icepop"):
+        options = {
+            "use_importance_sampling_correction": True,
+            "truncated_importance_sampling_type": kind,
+            "truncated_importance_sampling_ratio": 1.2,
+            "truncated_importance_sampling_ratio_min": 0.8,
+        }
+        batch = a_batch(prev, [-1.0] * 11, [1.0] * 11, lengths=(2, 4, 3, 2), mask=trained, prev=prev)
+        _, sums = compute(*batch, **options)
+        found[kind] = (sums + sums).engine_metrics(LossFn(**options))["train:is_oob_ratio"]
+    assert found == pytest.approx({"seq-mask-tis": 1 / 3, "icepop": 2 / 6})
+
+
 def test_a_small_constant_mismatch_costs_a_long_sequence_under_a_weight_of_sequences_and_no_token() -> None:
     """0.012 on each of 100 tokens is a product of 3.3, above the usual bound of 3; every token's weight is 1.012."""
     logprobs_T, batch = a_batch([-1.0] * 100, [-1.012] * 100, [1.0] * 100, prev=[-1.0] * 100)
