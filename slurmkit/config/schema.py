@@ -231,10 +231,10 @@ class TrainConfig(Section):
                 f"{truncated} never draws some tokens, so that no weight corrects for what is drawn, as "
                 "loss_fn.use_importance_sampling_correction true asks for: leave one of them out"
             )
-        if truncated and not self.loss_fn.force_on_policy_ratio:
+        if truncated and not (self.loss_fn.force_on_policy_ratio or self.loss_fn.disable_ppo_ratio):
             raise ValueError(
                 f"{truncated} makes the sampled tokens likelier than in the policy, and every ratio to it too small: "
-                "leave it out, or set loss_fn.force_on_policy_ratio to true, which asks for no ratio"
+                "leave it out, or set loss_fn.force_on_policy_ratio or loss_fn.disable_ppo_ratio to true"
             )
         if self.loss_fn.use_kl_in_reward and self.grpo.adv_estimator.name == "maxrl":
             raise ValueError(

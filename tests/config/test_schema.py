@@ -230,6 +230,7 @@ def test_sampling_that_leaves_tokens_out_is_refused_where_a_ratio_or_a_weight_wo
     with pytest.raises(ValidationError, match=r"top_p 0.9 never draws .*use_importance_sampling_correction true"):
         check(both, top_p=0.9)
     check({"force_on_policy_ratio": True}, top_p=0.9, top_k=5)
+    check({"disable_ppo_ratio": True}, top_p=0.9, top_k=5)
     check(both, top_p=1.0)
 
 
