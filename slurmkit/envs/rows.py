@@ -119,7 +119,7 @@ def _messages(row: Mapping[str, Any], key: str, place: str) -> list[Message]:
 def json_lines(path: Path) -> _Rows:
     """Place, number and object of every line that is not empty. UserError names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, start=1):

@@ -44,7 +44,7 @@ def template_of(policy: Policy) -> str | None:
     """The text of the template in place of the model's own. UserError where its file cannot be read."""
     path = policy.tokenizer.chat_template
     try:
-        return None if path is None else Path(path).read_text(encoding="utf-8")
+        return None if path is None else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"policy.tokenizer.chat_template {path}: cannot be read: {error}") from None
 

@@ -72,6 +72,12 @@ def test_rows_are_the_same_wherever_they_come_from(tmp_path: Path) -> None:
     assert [tasks[1].name for tasks in found] == ["rows.jsonl:2", "rows.parquet:2", "folder:2", "splits:2", "files:2"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = Path(jsonl(tmp_path / "rows.jsonl"))
+    path.write_bytes("\ufeff".encode() + path.read_bytes())
+    assert questions(read({"data_path": str(path)}).train_tasks) == [row["question"] for row in ROWS]
+
+
 def test_keys_have_the_names_that_the_configuration_gives_them(tmp_path: Path) -> None:
     rows = [{"prompt": "1+1", "expected": "2"}, {"prompt": "2+2", "expected": "$4.00"}]
     for path in (jsonl(tmp_path / "rows.jsonl", rows), parquet(tmp_path / "rows.parquet", rows)):

@@ -176,7 +176,7 @@ def _check(calls: Sequence[Call], world: World) -> None:
 def _workbench(source: DataSource) -> Iterator[Record]:
     path = Path(source.data_path or "")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

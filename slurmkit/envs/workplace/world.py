@@ -76,7 +76,7 @@ class World:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"env.workplace.databases: {path} cannot be read: {reason}") from None
@@ -84,7 +84,7 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     _text(path)
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         header = next(reader, [])
         if sorted(header) != sorted(columns):

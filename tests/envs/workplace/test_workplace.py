@@ -387,6 +387,17 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, change: Any, me
         World.read(tmp_path / "databases")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_csv_file(tmp_path: Path) -> None:
+    make_world(0).write(tmp_path / "databases")
+    tasks = tmp_path / "tasks.csv"
+    tasks.write_text("query,answer\nlook,[]\n")
+    for path in (*(tmp_path / "databases").iterdir(), tasks):
+        path.write_bytes("\ufeff".encode() + path.read_bytes())
+    assert World.read(tmp_path / "databases").addresses == make_world(0).addresses
+    found = Workplace(WorkplaceEnv(), Data.model_validate({"train": {"data_path": str(tasks)}}))
+    assert [task.question for task in found.train_tasks] == ["look"]
+
+
 def test_a_made_up_company_reads_back_as_it_was_written(tmp_path: Path) -> None:
     world = make_world(3)
     world.write(tmp_path)
