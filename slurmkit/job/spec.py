@@ -269,7 +269,7 @@ class JobSpec(Section):
     def uses_gpus(self) -> bool:
         """Whether the job asks for GPUs or parts of them, in whatever form."""
         raw = any(option.startswith("gpus") for option in self.sbatch)
-        return self.total_gpus > 0 or "shard" in (self.gres or "") or raw
+        return self.total_gpus > 0 or re.search(r"\b(shard|mps)\b", self.gres or "") is not None or raw
 
     @property
     def names_of_environment(self) -> list[str]:

@@ -116,6 +116,8 @@ def test_the_run_directory_the_workdir_and_tmp_are_mounted_each_after_what_it_li
         ({}, False),
         ({"gres": "gpu:8"}, True),
         ({"gres": "shard:2"}, True),
+        ({"gres": "mps:50"}, True),
+        ({"gres": "license:1,mps:a100:50"}, True),
         ({"gpus": 2}, True),
         ({"gpus_per_node": "h100:4"}, True),
         ({"sbatch": {"gpus-per-task": "1"}}, True),
