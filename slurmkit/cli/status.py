@@ -67,9 +67,11 @@ def _details(state: RunState) -> Iterator[str]:
     if state.is_final:
         yield _line("exit code", str(state.code))
     of = f" of {state.max_attempts} at most" if state.max_attempts else ""
-    yield _line("attempts", f"{len(state.attempts)}{of}")
+    is_array = any(attempt.task is not None for attempt in state.attempts)
+    yield _line("tasks" if is_array else "attempts", f"{len(state.attempts)}{of}")
     for number, attempt in enumerate(state.attempts, 1):
-        yield f"  {number:>3}  {_in_words(attempt, attempt is state.attempts[-1], state)}"
+        key = f"[{attempt.task}]" if attempt.task is not None else number
+        yield f"  {key:>3}  {_in_words(attempt, attempt is state.attempts[-1], state)}"
 
 
 def _in_words(attempt: Attempt, is_last: bool, state: RunState) -> str:
@@ -80,8 +82,12 @@ def _in_words(attempt: Attempt, is_last: bool, state: RunState) -> str:
     if attempt.has_ended:
         end = f"exit code {attempt.code}" + (f": {attempt.reason}" if attempt.reason else "")
         end += f"; bad nodes: {', '.join(attempt.bad_nodes)}" if attempt.bad_nodes else ""
+    elif attempt.task is not None:
+        end = "" if state.is_final else "running"
+    elif is_last:
+        end = state.state + (f": {state.reason}" if state.is_final and state.reason else "")
     else:
-        end = state.state if is_last else "no record of its end"
+        end = "no record of its end"
     return "  ".join(filter(None, [*parts, end]))
 
 

@@ -38,6 +38,10 @@ class Attempt(NamedTuple):
     follow_up: str | None
     """The job that was queued to go on after it."""
     folder: Path
+    array: str | None = None
+    """The array's job id, if the attempt is a task of one."""
+    task: int | None = None
+    """The task's index."""
 
     @property
     def has_ended(self) -> bool:
@@ -85,6 +89,8 @@ class RunFiles:
 
     def in_question(self) -> list[str]:
         """The jobs whose state in Slurm tells more than the files do."""
+        if "array" in self.header:
+            return [job for job in self.order[-1:] if job.isdigit()]
         jobs = [self.waiting] if self.waiting and self.waiting.isdigit() else []
         last = self.attempts[-1] if self.attempts else None
         if last is not None and last.job_id is not None and (not last.has_record or self._may_be_requeued(last)):
@@ -143,7 +149,14 @@ def _attempt(folder: Path, start: Mapping[str, Any]) -> Attempt:
         bool(start.get("previous")),
         next_job(folder),
         folder,
+        *_task(start.get("array")),
     )
+
+
+def _task(value: Any) -> tuple[str, int] | tuple[None, None]:
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
+        return str(value[0]), value[1]
+    return None, None
 
 
 def reports(attempt: Attempt) -> str:

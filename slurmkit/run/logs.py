@@ -125,6 +125,9 @@ class Reader:
     def lines(self, follow: bool, pause: Callable[[], None]) -> Iterator[Line]:
         """What is there, and with `follow` what comes, until the run is over; `pause` is called when nothing is new."""
         position, first = self._position(), True
+        if self._only is None and (tasks := [each for each in RunFiles(self._run).attempts if each.task is not None]):
+            others = ", ".join(f"{each.array}_{each.task}" for each in tasks[-8:])
+            yield from self._say("tasks", f"an array of {len(tasks)} tasks so far: --attempt shows another ({others})")
         while True:
             over = yield from self._attempt(position, first, follow, pause)
             first = False
@@ -228,7 +231,8 @@ class Reader:
             if self._only == str(position + 1):
                 return position
         for position in reversed(range(len(attempts))):
-            if self._only in (attempts[position].job_id, attempts[position].name):
+            attempt = attempts[position]
+            if self._only in (attempt.job_id, attempt.name, f"{attempt.array}_{attempt.task}"):
                 return position
         known = ", ".join(_words_for(attempt, position) for position, attempt in enumerate(attempts)) or "none yet"
         raise UserError(f"--attempt {self._only}: no attempt of {self._run.name}, which has {known}")
@@ -258,6 +262,8 @@ def _node_logs(attempt: Attempt | None) -> dict[str, Path]:
 
 def _words_for(attempt: Attempt, position: int) -> str:
     job = f"job {attempt.job_id}" if attempt.job_id else "without Slurm"
+    if attempt.task is not None:
+        return f"task {attempt.array}_{attempt.task} ({job}){f' on {attempt.nodes}' if attempt.nodes else ''}"
     return f"attempt {position + 1} ({job}){f' on {attempt.nodes}' if attempt.nodes else ''}"
 
 

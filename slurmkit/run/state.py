@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurmkit.errors import INTERRUPTED, Failure
+from slurmkit.run.arrays import array_state
 from slurmkit.run.attempts import (
     SILENCE,
     Attempt,
@@ -65,6 +66,7 @@ class RunState(NamedTuple):
     code: int | None
     """The run's exit code, once it is final."""
     attempts: tuple[Attempt, ...]
+    """Those of an array are its tasks."""
     max_attempts: int | None
 
     @property
@@ -146,19 +148,11 @@ class _Verdict(NamedTuple):
 def _judge(files: RunFiles, jobs: Mapping[str, JobState | None] | None, now: float) -> RunState:
     jobs = None if jobs is None else {key: _own(job, files.header) for key, job in jobs.items()}
     last = files.attempts[-1] if files.attempts else None
-    job_id, follow_up = files.waiting, None
-    verdict = None
-    if last is not None:
-        verdict = _verdict_of_attempt(last, files, jobs, now)
-        if files.waiting is None or verdict.state not in FINAL:
-            job_id, follow_up = last.job_id, files.waiting
-        else:
-            verdict = None
-    if verdict is None:
-        verdict = _verdict_of_waiting(job_id, files, jobs, last)
+    verdict, job_id, follow_up = _verdict(files, jobs, last, now)
     job = (jobs or {}).get(job_id or "")
     # The attempt that the state is of, if that has begun.
-    of = last if last is not None and last.job_id == job_id and not _is_again(last, job) else None
+    is_own = last is not None and last.job_id == job_id and not _is_again(last, job) and "array" not in files.header
+    of = last if is_own else None
     started = of.started if of is not None else None
     if started is None and job is not None and job.state not in _WAITING:
         started = clock(job.start)
@@ -187,6 +181,21 @@ def _judge(files: RunFiles, jobs: Mapping[str, JobState | None] | None, now: flo
         max_attempts=next((each.max_attempts for each in reversed(files.attempts) if each.max_attempts), None),
         **figures,
     )
+
+
+def _verdict(
+    files: RunFiles, jobs: Mapping[str, JobState | None] | None, last: Attempt | None, now: float
+) -> tuple[_Verdict, str | None, str | None]:
+    """The verdict, the job that it is of, and the follow-up behind that one."""
+    if last is not None and "array" in files.header:
+        array = files.order[-1] if files.order else last.job_id
+        state = array_state(files, (jobs or {}).get(array or ""), jobs is not None, now)
+        return _Verdict(*state), array, None
+    if last is not None:
+        verdict = _verdict_of_attempt(last, files, jobs, now)
+        if files.waiting is None or verdict.state not in FINAL:
+            return verdict, last.job_id, files.waiting
+    return _verdict_of_waiting(files.waiting, files, jobs, last), files.waiting, None
 
 
 def _own(job: JobState | None, header: Mapping[str, str]) -> JobState | None:
