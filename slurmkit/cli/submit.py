@@ -26,7 +26,7 @@ _NO_OUTPUT = 53
 
 @click.command("submit", cls=JobCommand)
 @click.option("--dry-run", is_flag=True, help="Do everything but submit; print the file and change nothing on disk.")
-@click.option("--wait", is_flag=True, help="Stay until the job has ended, and exit with its code.")
+@click.option("--wait", is_flag=True, help="Wait for the job, with --until-done for the run, and exit with its code.")
 @click.option(
     "--retry-for",
     type=click.FloatRange(min=0),
@@ -87,6 +87,11 @@ def command(
     click.echo(f"run directory  {job.run_dir}")
     log = job.run_dir / "attempts/latest/driver.log"
     click.echo(f"follow it      slurmkit logs -f {shlex.quote(str(job.run_dir))}")
+    if wait and settled.spec.until_done.enabled:
+        from slurmkit.cli.names import queue_here
+        from slurmkit.cli.wait import until_over
+
+        sys.exit(until_over(job.run_dir, queue_here(), click.echo).code)
     if wait:
         from rich.console import Console
 
