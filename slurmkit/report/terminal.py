@@ -56,7 +56,8 @@ class RunProgress:
         if self._live is not None:
             self._live.update(self.drawn(log, head), refresh=True)
             return
-        text = self._figures.line() if self._figures.latest else _last_line(log)
+        last = "" if self._figures.latest else _last_line(log)
+        text = self._figures.line() if self._figures.latest else last and f"{log.name}: {last}"
         is_validation = any("val:accuracy" in row for row in rows)
         if text != self._text and (is_validation or time.monotonic() - self._said > _LINE_EVERY):
             self._text, self._said = text, time.monotonic()

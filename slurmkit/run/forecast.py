@@ -44,6 +44,8 @@ def start(spec: JobSpec, estimate: Estimate) -> str:
     """When the job would start, as far as Slurm knows."""
     if spec.dependency is not None:
         return f"when its dependency allows: {spec.dependency}"
+    if spec.sbatch.get("hold"):
+        return "when it is released: scontrol release JOBID"
     if estimate.start is None:
         return "unknown: Slurm gives no estimate"
     soon = (datetime.now() + timedelta(minutes=1)).isoformat(timespec="seconds")

@@ -56,7 +56,7 @@ def test_before_the_first_step_the_driver_s_last_line_is_shown_without_its_colou
     (tmp_path / "driver.log").write_text("first\n\x1b[36m(PolicyWorker pid=7)\x1b[0m loading [bold]\n")
     with progress(tmp_path, screen) as shown:
         shown.update(tmp_path / "driver.log")
-    assert screen.getvalue() == "(PolicyWorker pid=7) loading [bold]\n"
+    assert screen.getvalue() == "driver.log: (PolicyWorker pid=7) loading [bold]\n"
 
 
 def test_half_a_line_waits_for_its_end(tmp_path: Path, screen: io.StringIO) -> None:

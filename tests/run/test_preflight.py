@@ -405,6 +405,7 @@ def test_the_start_is_now_or_when_slurm_expects_it() -> None:
     assert start(spec(), later) == f"estimated {later.start}"
     assert start(spec(), Estimate(None, "", "")) == "unknown: Slurm gives no estimate"
     assert start(spec(dependency="afterok:7"), later) == "when its dependency allows: afterok:7"
+    assert start(spec(sbatch={"hold": True}), later) == "when it is released: scontrol release JOBID"
 
 
 def test_submit_lists_all_that_speaks_against_a_job_and_writes_nothing(cluster: Cluster, shared_path: Path) -> None:
