@@ -253,6 +253,7 @@ class JobSpec(Section):
             "trains": self.config is not None,
             "watchdog": self.watchdog,
             "exclude": self.exclude,
+            "container": self.container.runtime != "none",
         }
         given = {name: value for name, value in flags.items() if value}
         return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]

@@ -5,12 +5,13 @@ import re
 import subprocess
 import threading
 import time
-from typing import List, Optional
+from contextlib import suppress
+from typing import List, Optional, Tuple
 
-from slurmkit.keeper.meeting import Meeting, ask, tell, text_of, write
+from slurmkit.keeper.meeting import NO_ANSWER, Meeting, ask, attempt_to_ask, tell, text_of, write
 
-# Seconds for which an ended attempt waits for a slurmctld that has not yet taken its follow-up.
-PATIENCE = 300.0
+# Seconds for which an ended attempt waits for a slurmctld that gives no answer, and between two questions to it.
+PATIENCE, PAUSE = 300.0, 5.0
 
 
 class FollowUp:
@@ -21,6 +22,7 @@ class FollowUp:
         self._script = os.path.join(meeting.run, "job.sbatch")
         self._job = os.environ["SLURM_JOB_ID"]
         self._is_wanted = True
+        self._queued = ""
         self._thread = threading.Thread(target=self._queue, daemon=True)
         if queues:
             self._thread.start()
@@ -28,7 +30,7 @@ class FollowUp:
     @property
     def job(self) -> str:
         """Its id, "" until it is in the queue."""
-        return text_of(os.path.join(self._meeting.folder, "next"))
+        return self._queued or text_of(os.path.join(self._meeting.folder, "next"))
 
     def _queue(self) -> None:
         # In the environment in which this job was submitted, its secrets included: the batch script began with it.
@@ -49,7 +51,9 @@ class FollowUp:
             job = answer if done.returncode == 0 else self._found(pause)
             pause = min(60.0, pause * 2)
         if job:
-            write(os.path.join(self._meeting.folder, "next"), job)
+            self._queued = job
+            with suppress(OSError):  # on a full file system it is known here only
+                write(os.path.join(self._meeting.folder, "next"), job)
 
     def _found(self, pause: float) -> str:
         """The job that a try has registered whose answer was lost: looked for twice, as it may be on its way."""
@@ -89,12 +93,27 @@ class FollowUp:
     def _leave_out(self, nodes: List[str], excluded: str) -> None:
         names = ",".join(nodes)
         every = ",".join(filter(None, [excluded, names]))
-        fits = ask("sbatch", "--test-only", "--exclude=" + every, self._script) is not None
         # Without them it need not wait until Slurm takes a dead one for down, as this job's end does.
-        if fits and ask("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + every, "Dependency=") is not None:
+        update = ("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + every, "Dependency=")
+        code, problem = self._answer("sbatch", "--test-only", "--exclude=" + every, self._script)
+        if code == 0:
+            code, problem = self._answer(*update)
+        if code == 0:
             tell("and without " + names)
+        elif code == NO_ANSWER:
+            tell(f"{names} may be used again: slurmctld gave no answer for {PATIENCE:g} s")
         else:
-            tell(f"{names} may be used again: without, the job would fit nowhere")
+            tell(f"{names} may be used again, as Slurm refuses the job without: {problem}")
+
+    @staticmethod
+    def _answer(*command: str) -> Tuple[int, str]:
+        """Return a command's exit code and the last line of its errors, once slurmctld answers, or after PATIENCE."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            code, _, errors = attempt_to_ask(*command)
+            if code != NO_ANSWER or time.monotonic() >= deadline:
+                return code, errors[errors.rfind("\n") + 1 :]
+            time.sleep(PAUSE)
 
     def cancel(self) -> None:
         """It would find nothing to do."""
@@ -102,5 +121,5 @@ class FollowUp:
         job = self.job or self.waiting() or ""
         if job and ask("scancel", job) is not None:
             tell(f"the follow-up, job {job}, is cancelled")
-            if self.job:
+            with suppress(OSError):
                 os.remove(os.path.join(self._meeting.folder, "next"))

@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--trains", action="store_true", help="stop after 3 failures without a newer checkpoint")
     parser.add_argument("--watchdog", type=float, metavar="MINUTES", help="without progress, after which it ends")
     parser.add_argument("--exclude", default="", metavar="NODES", help="that the job does without anyway")
+    parser.add_argument("--container", action="store_true", help="the nodes' part runs in a container")
     parser.add_argument("part", choices=["begin", "watch", "node"], help="before the job; beside its script; on a node")
     options = parser.parse_args()
     # Slurm may signal every process; the batch script passes on its own as files.
@@ -31,7 +32,8 @@ def main() -> int:
     if options.part == "begin":
         begin(meeting, limits)
     elif options.part == "watch":
-        return Watch(meeting, limits, options.watchdog, options.exclude).until_over()
+        watch = Watch(meeting, limits, options.watchdog, options.exclude, container=options.container)
+        return watch.until_over()
     else:
         is_second = os.environ["SLURM_NODEID"] == "1"
         Node(meeting, StandIn(meeting, limits, options.exclude) if is_second else None).run()

@@ -6,10 +6,13 @@ import shutil
 import signal
 import time
 from contextlib import suppress
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from slurmkit.keeper.meeting import BEAT, Meeting, size_of, text_of, write
 from slurmkit.keeper.stand_in import StandIn
+
+# Seconds for which a command may end by itself after Ray has lost a node.
+GRACE = 5.0
 
 
 class Node:
@@ -25,6 +28,8 @@ class Node:
         self._kills = self.killed_for_memory()
         self._is_leaving = False
         self._has_stacks = False
+        self._read: Optional[int] = None
+        self._dead: Dict[str, float] = {}
         signal.signal(signal.SIGHUP, self._leave)
 
     def _leave(self, *_: Any) -> None:
@@ -38,16 +43,57 @@ class Node:
         while not self._is_leaving and os.getppid() == shell:
             if time.monotonic() >= due:
                 beat, due = beat + 1, time.monotonic() + BEAT
-                self._meeting.publish(f"alive.{self._rank}", f"{self._name} {beat}")
-                if self._stand_in and not self._meeting.of("failed"):
+                is_written = self._meeting.publish(f"alive.{self._rank}", f"{self._name} {beat}")
+                # On a full file system no node can give a sign of life.
+                if is_written and self._stand_in and not self._meeting.of("failed"):
                     self._stand_in.look()
+            if self._rank == 0:
+                self.look_at_ray()
             if self._meeting.has("stacks") and not self._has_stacks:
                 self._has_stacks = True
                 self.write_stacks()
             time.sleep(0.2)
         if self._is_leaving:
+            if self._rank == 0:
+                self.look_at_ray(is_last=True)
             for text in self.memory_reports():
                 self._meeting.publish("killed." + self._name, text)
+            self._meeting.publish(f"leaving.{self._rank}")  # no sign of life is due any more
+
+    def look_at_ray(self, is_last: bool = False) -> None:
+        """On the first node: report the nodes that Ray's GCS has marked dead since the command started.
+
+        A node whose raylet hangs, or that has no network, may still write its signs of life. The command gets some
+        seconds to fail by itself, as its own message may say more.
+        """
+        if not self._meeting.has("started"):
+            return  # a raylet that died and was started again in bring-up is no loss
+        path = os.path.join(self._scratch, "r/session_latest/logs/gcs_server.out")
+        if self._read is None or size_of(path) < self._read:
+            self._read = max(0, size_of(path)) if self._read is None else 0
+        with suppress(OSError), open(path, "rb") as log:
+            log.seek(self._read)
+            *whole, _ = log.read().split(b"\n")
+            self._read += sum(len(line) + 1 for line in whole)
+            for line in whole:
+                found = re.search(rb"address: (\S+) and node name: \S+ has been marked dead", line)
+                if found:
+                    self._dead.setdefault(found.group(1).decode(), time.monotonic() + GRACE)
+        for address, due in self._dead.items():
+            if not is_last and time.monotonic() < due:
+                continue
+            name = self._node_at(address)
+            if not self._meeting.has("failed." + name):
+                reason = "Ray has marked it dead, as it did not answer"
+                self._meeting.publish("bad." + name, reason)
+                self._meeting.publish("failed." + name, reason)
+
+    def _node_at(self, address: str) -> str:
+        """The node's name, from what it has published when it was ready."""
+        for text in self._meeting.of("ready").values():
+            if text.split()[1:2] == [address]:
+                return text.split()[0]
+        return self._name if self._meeting.text("head").startswith(address + ":") else address
 
     def remove_leftovers(self) -> None:
         """What attempts of this run left here that were killed hard."""
@@ -111,7 +157,8 @@ class Node:
             with open(where, "rb") as log:
                 log.seek(max(0, sizes[pid]))
                 text = log.read().decode(errors="replace").rstrip("\n")
-            write(os.path.join(self._meeting.folder, f"stacks-{self._name}-{pid}.txt"), text)
+            with suppress(OSError):  # a full file system takes some of them
+                write(os.path.join(self._meeting.folder, f"stacks-{self._name}-{pid}.txt"), text)
         self._meeting.publish(f"stacks.{self._rank}")
 
     def _is_ours(self, where: str) -> bool:

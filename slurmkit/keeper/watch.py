@@ -8,21 +8,28 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from slurmkit.keeper.chain import Chain, Limits
 from slurmkit.keeper.follow_up import FollowUp
-from slurmkit.keeper.judge import judge, last_lines, may_go_on, why_slurm_ends_it
-from slurmkit.keeper.meeting import BEAT, Meeting, ask, size_of, tell
+from slurmkit.keeper.judge import judge, last_lines, lines_after, may_go_on, why_slurm_ends_it
+from slurmkit.keeper.meeting import BEAT, Meeting, ask, show, size_of, tell
 
 # Looks without a new sign of life after which a node is lost: while Ray starts, in training, when the command has
 # ended. They are counted, and not seconds, as a file system that stands still for all is no sign of a dead node.
 STARTING, TRAINING, ENDING = 4, 10, 5
-# Seconds that nodes may take to leave, and to write their stacks.
-LEAVING, STACKS = 30.0, 20.0
+# Seconds that nodes may take to leave, and to write their stacks; that srun may take to end when all have left; for
+# which a mark that ends the job is tried again if there is no space for it: Slurm's KillWait is 30 s.
+LEAVING, STACKS, STEP, MARK = 30.0, 20.0, 5.0, 20.0
 
 
 class Watch:
     """The whole job, from its first node."""
 
     def __init__(
-        self, meeting: Meeting, limits: Limits, watchdog: Optional[float], excluded: str, stands_in: bool = False
+        self,
+        meeting: Meeting,
+        limits: Limits,
+        watchdog: Optional[float],
+        excluded: str,
+        stands_in: bool = False,
+        container: bool = False,
     ) -> None:
         """`excluded`: nodes that the job does without anyway. Who stands in for another queues no follow-up."""
         self._meeting = meeting
@@ -40,11 +47,16 @@ class Watch:
         self._progress: Optional[List[int]] = None
         self._progressed = time.monotonic()
         self._leaving: Optional[float] = None
+        self._left: Optional[float] = None
+        self._container = container
+        self._is_over = False
+        self._output = size_of("/proc/self/fd/1")  # what follows is srun's, and slurmkit's
 
     def until_over(self) -> int:
         """Watch until the batch script says that the nodes have left; the job's exit code."""
         batch = os.getppid()
-        while not self._meeting.has("over"):
+        signal.signal(signal.SIGHUP, self._end)  # for a script that has no space left to write that
+        while not (self._meeting.has("over") or self._is_over):
             if os.getppid() != batch:  # it was killed hard
                 return 1
             self.look()
@@ -53,14 +65,18 @@ class Watch:
             self._ask_slurm()
         return self.conclude()
 
+    def _end(self, *_: Any) -> None:
+        self._is_over = True
+
     def look(self) -> None:
         """Once at everything."""
         if self._meeting.has("signal.TERM"):
             self._ask_slurm()
         if time.monotonic() >= self._looked + BEAT:
             self._looked = time.monotonic()
-            self._meeting.publish("watching", str(self._looked))
-            self._look_at_nodes()
+            # On a full file system no node can give a sign of life.
+            if self._meeting.publish("watching", str(self._looked)):
+                self._look_at_nodes()
             self._look_at_progress()
         self._end_step()
 
@@ -68,7 +84,7 @@ class Watch:
         looks = TRAINING if self._meeting.has("started") else STARTING
         if self._meeting.has("exit_code") or self._meeting.of("failed"):
             looks = ENDING
-        left = self._meeting.of("left")
+        left = {**self._meeting.of("left"), **self._meeting.of("leaving")}
         for rank, text in self._meeting.of("alive").items():
             name, _, beat = text.partition(" ")
             last, missed = self._beats.get(rank, ("", 0))
@@ -101,20 +117,27 @@ class Watch:
 
     def _ask_slurm(self) -> None:
         """Why it ends this job, and whether the command may save first."""
-        os.remove(os.path.join(self._meeting.meet, "signal.TERM"))
+        # The batch script writes a text.
+        is_step_s = self._meeting.text("signal.TERM") == "" and not self._meeting.has("started")
+        with suppress(OSError):
+            os.remove(os.path.join(self._meeting.meet, "signal.TERM"))
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
         job = "{}_{}".format(array, os.environ["SLURM_ARRAY_TASK_ID"]) if array else os.environ["SLURM_JOB_ID"]
         fields = ["-h", "-t", "all", "-O", "State:30,Reason:50,PreemptTime:30", "-j", job]
         state, reason, preempted = [*(ask("squeue", *fields, timeout=5) or "").split(), "", "", ""][:3]
+        if is_step_s and state == "RUNNING" and not preempted.startswith("2"):
+            # srun ends a step of which a task has failed.
+            self._meeting.publish("failed.step", "srun ended the step", MARK)
+            return
         self._why, self._is_cancelled = why_slurm_ends_it(state, reason, preempted)
         if reason == "NodeDown" or state == "NODE_FAIL":
             self._find_down()
         if self._meeting.of("failed"):
             return  # the nodes leave already
         if self._is_cancelled or not self._meeting.has("started"):
-            self._meeting.publish("failed.slurm", self._why)
+            self._meeting.publish("failed.slurm", self._why, MARK)
         elif not self._meeting.has("sent.USR2"):
-            self._meeting.publish("signal.USR2")
+            self._meeting.publish("signal.USR2", "", MARK)
 
     def _find_down(self) -> None:
         ranks = {text.partition(" ")[0]: rank for rank, text in self._meeting.of("alive").items()}
@@ -128,8 +151,10 @@ class Watch:
             self._leaving = time.monotonic() + LEAVING
         if self._leaving is None:
             return
-        lost = len(self._meeting.of("lost"))
-        has_left = lost > 0 and len(self._meeting.of("left")) >= self._nodes - lost
+        lost, left = self._meeting.of("lost"), self._meeting.of("left")
+        if self._left is None and self._meeting.of("bad") and len({*lost, *left}) >= self._nodes:
+            self._left = time.monotonic() + (0.0 if lost else STEP)
+        has_left = self._left is not None and time.monotonic() >= self._left
         if (has_left or time.monotonic() > self._leaving) and self._meeting.has("srun"):
             with suppress(ProcessLookupError):
                 os.kill(int(self._meeting.text("srun")), signal.SIGKILL)
@@ -137,20 +162,25 @@ class Watch:
 
     def conclude(self) -> int:
         """Say what ended the attempt, record it, and let the run go on, or not."""
-        verdict = judge(self._meeting, self._why, self._is_cancelled)
+        has_space = self._meeting.has_space()
+        output = lines_after("/proc/self/fd/1", self._output)
+        verdict = judge(self._meeting, self._why, self._is_cancelled, output, self._container)
         for text, log in verdict.said:
             tell(text + (f"; the end of {os.path.join(self._meeting.folder, log)}:" if log else ""))
             if log:
-                print("\n".join(last_lines(os.path.join(self._meeting.folder, log), 30)), flush=True)
+                show("\n".join(last_lines(os.path.join(self._meeting.folder, log), 30)))
         end: Dict[str, Any] = {
             "code": verdict.code,
             "reason": verdict.reason,
             "ended": int(time.time()),
             "bad_nodes": verdict.bad_nodes,
             "cancelled": self._is_cancelled,
+            "never_started": verdict.never_started,
         }
         goes_on = self._chain.limits.until_done and may_go_on(verdict.code) and not self._is_cancelled
-        stop = self._chain.end_after(verdict.code, time.time()) if goes_on else ""
+        stop = self._chain.end_after(verdict.code, time.time(), verdict.never_started) if goes_on else ""
+        if goes_on and not has_space:
+            stop = "; ".join(filter(None, [stop, "free some space and submit it again to resume"]))
         if goes_on and not stop:
             # For whoever looks, and for the follow-up, should Slurm kill this job while it waits.
             self._meeting.record("end.json", dict(end, goes_on=True))
@@ -167,4 +197,5 @@ class Watch:
             else:
                 self.follow_up.cancel()
         self._meeting.publish("code", str(verdict.code))
+        self._meeting.release()
         return verdict.code

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import attempt, checkpoint, followed, meeting
 
 from slurmkit.errors import UserError
 from slurmkit.job.keeper_file import digest_of_keeper, keeper_text, name_of_keeper
@@ -22,33 +23,8 @@ from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
 from slurmkit.run.submit import keeper_for
 
+__all__ = ["meeting"]  # a fixture
 FOR_EVER = Limits(until_done=True, max_attempts=None, max_hours=None, trains=True)
-
-
-@pytest.fixture
-def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Meeting:
-    """That of attempt 7.0, which has begun its job step."""
-    for name in list(os.environ):
-        if name.startswith(("SK_", "SLURM")):
-            monkeypatch.delenv(name)
-    made = attempt(tmp_path, monkeypatch, "7")
-    made.publish("srun", "1")
-    return made
-
-
-def attempt(run: Path, monkeypatch: pytest.MonkeyPatch, job: str) -> Meeting:
-    folder = run / f"attempts/{job}.0"
-    (folder / "bringup").mkdir(parents=True)
-    for name, value in {
-        "SK_ATTEMPT": f"{job}.0",
-        "SK_ATTEMPT_DIR": str(folder),
-        "SK_MEET": str(folder / "bringup"),
-        "SLURM_JOB_ID": job,
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return Meeting()
 
 
 LOST = {"failed.node2": "no sign of life for 20 s", "bad.node2": "no sign of life for 20 s"}
@@ -66,7 +42,7 @@ LOST = {"failed.node2": "no sign of life for 20 s", "bad.node2": "no sign of lif
         ),
         (
             {"exit_code": "75", **LOST}, "", "", False,
-            (75, "the command failed with exit code 75; no sign of life for 20 s", ["node2"]),
+            (75, "the command failed with exit code 75; node node2: no sign of life for 20 s", ["node2"]),
         ),
         (
             {"exit_code": "85", "sent.USR2": ""}, "", "", False,
@@ -80,17 +56,26 @@ LOST = {"failed.node2": "no sign of life for 20 s", "bad.node2": "no sign of lif
         ({}, "", "it has reached its time limit", False, (143, "ended by Slurm: it has reached its time limit", [])),
         ({"exit_code": "140"}, "", "it is preempted", False, (143, "ended by Slurm: it is preempted", [])),
         ({"exit_code": "140"}, "", "", False, (140, "the command failed with exit code 140", [])),
-        (LOST, "", "", False, (75, "no sign of life for 20 s", ["node2"])),
+        (LOST, "", "", False, (75, "node node2: no sign of life for 20 s", ["node2"])),
+        # A command fails by itself, or because of a node that is lost.
+        (
+            {"exit_code": "1", **LOST}, "ray.exceptions.ActorDiedError: x", "", False,
+            (75, "the command failed with exit code 1; node node2: no sign of life for 20 s", ["node2"]),
+        ),
+        (
+            {"exit_code": "1"}, "", "Slurm ends it, as a node is down", False,
+            (75, "the command failed with exit code 1; Slurm ends it, as a node is down", []),
+        ),
         # A node whose memory was too small has no fault, and a driver that fails because of memory may go on elsewhere.
         ({**LOST, "killed.node2": "a process was killed"}, "", "", False,
-         (75, "node node2: a process was killed; no sign of life for 20 s", [])),
+         (75, "node node2: a process was killed; node node2: no sign of life for 20 s", [])),
         ({"exit_code": "1", "killed.node2": "limit 1 MiB"}, "ray.exceptions.OutOfMemoryError: x", "", False,
          (75, "node node2: limit 1 MiB; the command failed with exit code 1", [])),
         ({"exit_code": "1", "killed.node2": "limit 1 MiB"}, "KeyError: x", "", False,
          (1, "node node2: limit 1 MiB; the command failed with exit code 1", [])),
         # Whoever writes its stacks dies of it.
         ({"exit_code": "134", "failed.watchdog": "no progress"}, "", "", False, (75, "no progress", [])),
-        ({}, "", "", False, (75, "the command did not finish: a node failed (srun ended with 1)", [])),
+        ({}, "", "", False, (75, "the command did not finish (srun ended with 1)", [])),
     ],
 )  # fmt: skip
 def test_what_ended_an_attempt_is_said_from_what_its_nodes_left(
@@ -121,7 +106,7 @@ def test_a_script_that_ends_before_its_job_step_keeps_its_code_and_its_reason(me
         ("NODE_FAIL", "None", "N/A", "a node is down", False),
         ("COMPLETING", "None", "N/A", "cancelled", True),
         ("CANCELLED", "None", "N/A", "cancelled", True),
-        ("RUNNING", "None", "N/A", "Slurm sent SIGTERM (RUNNING, None)", False),
+        ("RUNNING", "None", "N/A", "it got SIGTERM, and squeue shows the job as RUNNING", False),
         ("", "", "", "squeue gives no answer", False),
     ],
 )
@@ -135,23 +120,6 @@ def test_slurm_s_reason_to_end_a_job_is_told_apart(
 
 def test_a_run_goes_on_after_what_may_work_the_next_time_only() -> None:
     assert [code for code in (0, 1, 2, 75, 78, 85, 137, 143) if may_go_on(code)] == [75, 85, 137, 143]
-
-
-def followed(
-    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, start: dict[str, Any], end: dict[str, Any] | None, job: str = "8"
-) -> Meeting:
-    """The attempt that comes after `meeting`'s."""
-    first = {"job_id": "7", "attempt": 4, "run_started": int(time.time()), "failures": 0, "step": 20}
-    meeting.record("start.json", first | start)
-    if end is not None:
-        meeting.record("end.json", {"code": 75, "goes_on": True} | end)
-    monkeypatch.setenv("SK_PREVIOUS", "7")
-    return attempt(Path(meeting.run), monkeypatch, job)
-
-
-def checkpoint(meeting: Meeting, step: int) -> None:
-    Path(meeting.run, f"step_{step}").mkdir()
-    Path(meeting.run, f"step_{step}/manifest.json").touch()
 
 
 def test_attempts_are_counted_along_the_chain(
@@ -194,7 +162,7 @@ def test_a_follow_up_that_waited_past_the_last_hour_ends_with_the_code_of_the_at
     begin(second, FOR_EVER._replace(max_hours=1.0))
     assert capsys.readouterr().out == "85\n"
     end = json.loads(Path(second.folder, "end.json").read_text())
-    assert (end["code"], end["goes_on"], end["reason"]) == (85, False, "its hours are over (max_hours)")
+    assert (end["code"], end["goes_on"], end["reason"]) == (85, False, "the run began more than 1 h ago (max_hours)")
 
 
 def test_only_failures_in_a_row_without_a_newer_checkpoint_end_training(
@@ -218,8 +186,10 @@ def test_only_failures_in_a_row_without_a_newer_checkpoint_end_training(
 
 def test_attempts_and_hours_limit_a_run_where_they_are_given(meeting: Meeting) -> None:
     chain = Chain(meeting, FOR_EVER._replace(max_attempts=1, max_hours=2.0, trains=False), 0.0)
-    assert chain.end_after(85, 7199.0) == "no attempt is left of 1 (max_attempts)"
-    assert chain.end_after(85, 7200.0) == "no attempt is left of 1 (max_attempts); its hours are over (max_hours)"
+    assert chain.end_after(85, 7199.0) == "attempt 1 of 1 was the last (max_attempts)"
+    assert chain.end_after(85, 7200.0) == (
+        "attempt 1 of 1 was the last (max_attempts); the run began more than 2 h ago (max_hours)"
+    )
     assert Chain(meeting, FOR_EVER._replace(trains=False), 0.0).end(500, 500, 1e9) == ""
 
 
