@@ -8,6 +8,14 @@ from typing import Annotated, Literal, Self
 from slurmkit.config.kinds import Count, Finite, Positive
 from slurmkit.config.section import Field, Section, model_validator
 
+MAX_REWARD = 1_000_000_000
+"""Largest reward, and largest change of one by scaling or shaping.
+
+Advantages and gradients are float32, whose largest number is 3.4e38. Two rewards differ by at most 2e9. The square,
+4e18, summed over a million episodes is 4e24. The squared norm of the gradient has the factor that remains, 1e14.
+"""
+Bounded = Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD, allow_inf_nan=False)]
+
 
 class AdvEstimator(Section):
     name: Literal["grpo", "reinforce_plus_plus", "maxrl"] = "grpo"
@@ -30,13 +38,13 @@ class AdvEstimator(Section):
 class RewardScaling(Section):
     enabled: bool = False
     """Map rewards linearly from [source_min, source_max] to [target_min, target_max]; others are clamped first."""
-    source_min: Finite = 0.0
+    source_min: Bounded = 0.0
     """What becomes target_min."""
-    source_max: Finite = 1.0
+    source_max: Bounded = 1.0
     """What becomes target_max."""
-    target_min: Finite = 0.0
+    target_min: Bounded = 0.0
     """See source_min."""
-    target_max: Finite = 1.0
+    target_max: Bounded = 1.0
     """See source_max."""
 
     @model_validator(mode="after")
@@ -54,7 +62,7 @@ class RewardShaping(Section):
     """Shape rewards."""
     overlong_buffer_length: Count | None = None
     """Tokens before max_response_length over which the penalty grows from nothing to all of it."""
-    overlong_buffer_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    overlong_buffer_penalty: Annotated[float, Field(ge=0, le=MAX_REWARD, allow_inf_nan=False)] = 1.0
     """What a reply of max_response_length tokens loses of its reward."""
     max_response_length: Count | None = None
     """Tokens of a reply that cost the whole penalty; more cost no more."""
@@ -254,7 +262,7 @@ class LossFn(Section):
     entropy_bonus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """What a token's entropy, in nats, is multiplied by before it is taken off the loss."""
 
-    reference_policy_kl_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    reference_policy_kl_penalty: Annotated[float, Field(ge=0, le=MAX_REWARD, allow_inf_nan=False)] = 0.0
     """What the KL divergence from the model that training began with costs; 0 loads no such reference model."""
     reference_policy_kl_type: Literal["k1", "k2", "k3"] = "k3"
     """How that KL is estimated from the sampled tokens. In the loss the gradient is KL's own with all three; in the

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy
 import pytest
 from groups import episode, of
 
-from slurmkit.config.algorithm import Grpo, RewardScaling, RewardShaping
+from slurmkit.config.algorithm import MAX_REWARD, Grpo, RewardScaling, RewardShaping
+from slurmkit.grpo.advantage import advantages
 from slurmkit.grpo.rewards import scaled, shaped, shaped_group
 
 SOFT = RewardShaping(enabled=True, overlong_buffer_length=4, overlong_buffer_penalty=0.5, max_response_length=10)
@@ -42,3 +46,28 @@ def test_shaping_follows_scaling_and_leaves_what_is_correct() -> None:
     found = shaped_group(of(episode(1.0, length=10), episode(0.0)), grpo)
     assert [each.score.reward for each in found.episodes] == [9.5, 0.0]
     assert [each.score.correct for each in found.episodes] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"reward_scaling": {"target_max": 1e200}},
+        {"reward_scaling": {"target_min": -1e200}},
+        {"reward_scaling": {"source_max": 1e200}},
+        {"reward_shaping": {"overlong_buffer_penalty": 1e200}},
+    ],
+)
+def test_what_scales_or_shapes_a_reward_is_bounded(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"1000000000|1e\+09"):
+        Grpo.model_validate(keys)
+
+
+@pytest.mark.parametrize("name", ["grpo", "maxrl", "reinforce_plus_plus"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_advantages_of_the_largest_rewards_stay_within_float32(name: str, normalize: bool) -> None:
+    grpo = Grpo.model_validate({"adv_estimator": {"name": name}, "normalize_rewards": normalize})
+    low = 0 if name == "maxrl" else -MAX_REWARD
+    (found,) = advantages([[MAX_REWARD, low]], [[7, 7]], grpo)
+    squares = numpy.full(1_000_000, max(map(abs, found)), numpy.float32) ** 2
+    assert found[0] > 0
+    assert numpy.isfinite(squares.sum(dtype=numpy.float32))

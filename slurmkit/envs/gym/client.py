@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import reprlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from math import isfinite
 from random import Random
 from typing import Any
 
 import aiohttp
 
+from slurmkit.config.algorithm import MAX_REWARD
 from slurmkit.config.data import GymEnv
 from slurmkit.errors import UserError
 
@@ -204,6 +205,7 @@ def reward_of(answer: Answer) -> float:
     reward = found.get("reward")
     if isinstance(reward, bool) or not isinstance(reward, int | float):
         raise GymError(f"{answer.request} was answered without a reward: reward is {json.dumps(reward)[:80]}")
-    if not isfinite(reward):
-        raise GymError(f"{answer.request} was answered with the reward {reward}")
+    if not -MAX_REWARD <= reward <= MAX_REWARD:
+        most = f"{-MAX_REWARD:g} to {MAX_REWARD:g}"
+        raise GymError(f"{answer.request} was answered with the reward {reprlib.repr(reward)}, not one from {most}")
     return float(reward)

@@ -151,7 +151,7 @@ class GymServer:
                 await asyncio.sleep(3600)
             case "huge":
                 return web.json_response({"output": "x" * 10_000_000})
-            case "NaN" | "Infinity":
+            case "NaN" | "Infinity" | "1e200":
                 return web.Response(text=f'{{"reward": {fault}}}', content_type="application/json")
             case "no reward":
                 return web.json_response({"score": 1.0})
