@@ -86,13 +86,15 @@ class Score:
     """What an episode was worth: the reward that is trained on, and whether the answer counts as right."""
 
     reward: float
+    """From -1e9 to 1e9 (`MAX_REWARD`)."""
     correct: bool
     counts: Mapping[str, float] = field(default_factory=dict)
     """What else the environment counted. metrics.jsonl has the sum over a step's episodes as train: and val: NAME."""
 
 
 class Environment(Protocol):
-    """One episode. Anything that it raises masks the episode: it is counted, and never trained on as a zero.
+    """One episode. Anything that it raises masks the episode: it is counted, and never trained on as a zero. A value
+    that a method below does not allow masks it as well (slurmkit/rollout/contract.py).
 
     Coroutines, as a real environment waits for tools and servers while others go on.
     """

@@ -24,6 +24,10 @@ class Interrupted(BaseException):
         super().__init__(text)
 
 
+class LeaveAtOnce(SystemExit):
+    """The second signal's exit. Not SystemExit itself, which breaks an episode if an environment raises it."""
+
+
 class Interrupts:
     """The first signal asks the run to leave in order, a second one but USR2 leaves at once with 128 + its number.
 
@@ -55,7 +59,7 @@ class Interrupts:
                 return  # Slurm's own SIGTERM came first: it asks for the same
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)  # a third one does not even wait until Ray is down
-            raise SystemExit(128 + number)
+            raise LeaveAtOnce(128 + number)
         self._is_asked = True
         if self._loop is None:
             raise Interrupted

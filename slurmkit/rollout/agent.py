@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy
 
 from slurmkit.envs.environment import Agent, PolicyCall, Task
+from slurmkit.errors import UserError
 from slurmkit.generation.engine import Completion
-from slurmkit.rollout.episode import Episode, Turn, asked
+from slurmkit.rollout.boundary import asked
+from slurmkit.rollout.contract import check_played
+from slurmkit.rollout.episode import Episode, Turn
 
 
 async def run_agent(
@@ -17,11 +21,11 @@ async def run_agent(
     """Have one episode played.
 
     `weight_version` is that of the weights when it begins: all tokens are taken to be so old, as what an agent tells
-    does not say how new they are. BrokenEnvironment, which names the task, where the agent raised or took longer than
-    `timeout_seconds`; UserError where there is none.
+    does not say how new they are. Raises BrokenEnvironment, which names the task, if the agent raises, takes longer
+    than `timeout_seconds`, or returns a value against its contract. Raises UserError if there is no agent.
     """
-    await agent.ready()
-    played = await asked(agent.run(task), task, agent, timeout_seconds)
+    await asked(agent.ready, lambda _: None, task, agent, None, passes=(UserError,))
+    played = await asked(partial(agent.run, task), check_played, task, agent, timeout_seconds)
     return Episode(
         task,
         prompt_ids=played.calls[0].prompt_ids,

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import numpy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.envs.environment import Agent, Domain, Task
+from slurmkit.envs.environment import Agent, Domain, Environment, Task
 from slurmkit.errors import UserError
 from slurmkit.generation.actors import together
 from slurmkit.generation.engine import SamplingParams
 from slurmkit.rollout.agent import run_agent
+from slurmkit.rollout.boundary import BrokenEnvironment
 from slurmkit.rollout.chat import Chat
-from slurmkit.rollout.episode import BrokenEnvironment, Episode, Generate, Limits, opening, run_episode
+from slurmkit.rollout.episode import Episode, Generate, Limits, opening, run_episode
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The episodes of one task. `broken` says what the environments of the missing ones raised."""
+    """The episodes of one task. `broken` has one text for each missing episode: how its environment failed."""
 
     task: Task
     episodes: tuple[Episode, ...]
@@ -73,12 +74,13 @@ async def collect(
 
     `weight_version` is that of the present weights, for who plays episodes without being told.
 
-    An episode whose environment raises is missing from its group and named there. A failing engine ends everything.
+    An episode whose environment raises, or returns a value against its contract, is missing from its group and named
+    there. A failing engine ends everything.
     """
 
     async def play(task: Task, sampling: SamplingParams) -> Episode | str:
         try:
-            environment = domain.environment()
+            environment = _environment(domain, task)
             if isinstance(environment, Agent):
                 return await run_agent(
                     task,
@@ -106,16 +108,24 @@ async def collect(
     return groups
 
 
+def _environment(domain: Domain, task: Task) -> Environment | Agent:
+    """Make a fresh environment. Raises BrokenEnvironment if the domain fails to."""
+    try:
+        return domain.environment()
+    except Exception as error:
+        raise BrokenEnvironment(task, domain, error) from error
+
+
 async def refuse_prompts_that_never_fit(
     name: str, tasks: Sequence[Task], domain: Domain, chat: Chat, config: TrainConfig
 ) -> None:
     """UserError where not one of the tasks has a prompt that leaves room for a reply. Stops at the first that does."""
     limit, shortest = config.policy.max_total_sequence_length, (0, "")
     for task in tasks:
-        environment = domain.environment()
-        if isinstance(environment, Agent):
-            return  # which alone knows what it will ask
         try:
+            environment = _environment(domain, task)
+            if isinstance(environment, Agent):
+                return  # which alone knows what it will ask
             opened = await opening(task, environment, timeout_seconds=config.env.timeout_seconds)
         except BrokenEnvironment:
             return  # the rollouts will say so

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
-from math import isfinite
-from types import coroutine
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Literal, Protocol
 
 import numpy
 
 from slurmkit.config.schema import TrainConfig
-from slurmkit.envs.environment import Agent, Environment, Message, Opening, Score, Task
+from slurmkit.envs.environment import Environment, Message, Opening, Score, Task
 from slurmkit.generation.engine import Completion, SamplingParams
+from slurmkit.rollout.boundary import asked
 from slurmkit.rollout.chat import Chat, Prompt
+from slurmkit.rollout.contract import check_answers, check_opening, check_score
 from slurmkit.rollout.tool_calls import MalformedCall, Reading
-
-Answer = TypeVar("Answer")
 
 # stop: the environment had nothing more to say. length: a reply was cut, or what came after it left no room for one.
 # prompt_too_long: there was no room for a first reply. max_turns, timeout: see Limits.
@@ -31,10 +29,6 @@ class Generate(Protocol):
 
     async def generate(self, prompt_ids: tuple[int, ...], sampling: SamplingParams) -> Completion:
         """Tokens in, tokens out."""
-
-
-class BrokenEnvironment(Exception):
-    """The environment raised: the episode says nothing about the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +109,8 @@ async def run_episode(
 ) -> Episode:
     """Play one episode.
 
-    BrokenEnvironment, which names the task, where the environment raised, took longer than `limits.call_seconds` over a
-    call, or gave a reward that is no finite number; failures of the engines pass through.
+    Raises BrokenEnvironment, which names the task, if the environment raises, takes longer than `limits.call_seconds`
+    over a call, or returns a value against its contract. Failures of the engines pass through.
 
     The environment is asked for the score whatever ended the episode. A prompt that does not fit is scored like an
     empty reply; a cut reply is one without calls.
@@ -131,7 +125,7 @@ async def run_episode(
         if not deadline.expired():
             raise
         reason = "timeout"
-    score = await asked(_judged(environment), task, environment, limits.call_seconds)
+    score = await asked(environment.score, check_score, task, environment, limits.call_seconds)
     return Episode(
         task,
         prompt_ids,
@@ -190,8 +184,8 @@ class _Play:
         self.messages.append(reply)
         given: Sequence[Message] = ()
         if reply.tool_calls or not reading.calls:
-            step = self.environment.step(reply)
-            given = await asked(step, self.task, self.environment, self.limits.call_seconds)
+            step = partial(self.environment.step, reply)
+            given = await asked(step, check_answers, self.task, self.environment, self.limits.call_seconds)
             if not given:
                 return []
         answers, rest = list[Message](), iter(given)
@@ -219,47 +213,5 @@ def _of_turn(sampling: SamplingParams, turn: int) -> SamplingParams:
 
 
 async def opening(task: Task, environment: Environment, *, timeout_seconds: float) -> Opening:
-    """What an episode starts with. BrokenEnvironment as in `run_episode`, and where that is nothing."""
-    opened = await asked(environment.start(task), task, environment, timeout_seconds)
-    if not opened.messages:
-        raise BrokenEnvironment(f"task {task.name}: {type(environment).__qualname__}: an opening without a message")
-    return opened
-
-
-async def _judged(environment: Environment) -> Score:
-    score = await environment.score()
-    if not isfinite(score.reward):
-        raise ValueError(f"the reward is {score.reward}")
-    return score
-
-
-async def asked(
-    answer: Coroutine[Any, Any, Answer], task: Task, environment: Environment | Agent, timeout_seconds: float
-) -> Answer:
-    """What the environment answers, in time. BrokenEnvironment where it raises."""
-    try:
-        try:
-            waits_for = answer.send(None)
-        except StopIteration as done:  # at once, as most do: a deadline would cost the driver more than the answer
-            return cast(Answer, done.value)
-        async with asyncio.timeout(timeout_seconds):
-            return await _rest(answer, waits_for)
-    except Exception as error:
-        what = f"{type(environment).__qualname__}: {type(error).__name__}: {error}"
-        raise BrokenEnvironment(f"task {task.name}: {what}") from error
-
-
-@coroutine
-def _rest(answer: Coroutine[Any, Any, Answer], waits_for: Any) -> Generator[Any, Any, Answer]:
-    """A coroutine from its first wait on."""
-    while True:
-        try:
-            sent = yield waits_for
-        except BaseException as error:
-            resume = partial(answer.throw, error)
-        else:
-            resume = partial(answer.send, sent)
-        try:
-            waits_for = resume()
-        except StopIteration as done:
-            return cast(Answer, done.value)
+    """Return what an episode starts with. Raises BrokenEnvironment as `run_episode` does."""
+    return await asked(partial(environment.start, task), check_opening, task, environment, timeout_seconds)

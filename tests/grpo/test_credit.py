@@ -149,7 +149,7 @@ def test_a_reward_that_is_no_number_is_the_environments_fault_and_counted(chat: 
 
     (group,) = play(chat, Odd(ArithmeticEnv(), 1), ["3", "4"])
     assert group.episodes == ()
-    assert "the reward is nan" in group.broken[0]
+    assert "reward must be a number from -1e+09 to 1e+09, found nan" in group.broken[0]
 
 
 def test_logprobs_must_be_as_many_as_tokens() -> None:

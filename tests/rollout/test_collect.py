@@ -62,7 +62,8 @@ def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(
     )
     assert [episode.score.reward for episode in groups[0].episodes] == [1.0, 0.5]
     assert groups[0].broken == tuple(
-        f"task short: _Episode: ValueError: the reward is {each}" for each in ("nan", "inf")
+        f"task short: _Episode: score: reward must be a number from -1e+09 to 1e+09, found {each} (float)"
+        for each in ("nan", "inf")
     )
     assert [message.role for message in groups[0].episodes[0].messages] == ["user", "assistant"]
     assert groups[0].episodes[0].messages[1].content == "a reply"

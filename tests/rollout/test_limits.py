@@ -15,7 +15,8 @@ from slurmkit.envs.environment import Message, Opening, Task
 from slurmkit.generation.engine import SamplingParams
 from slurmkit.grpo.credit import make_samples
 from slurmkit.grpo.selection import score_metrics
-from slurmkit.rollout.episode import BrokenEnvironment, run_episode
+from slurmkit.rollout.boundary import BrokenEnvironment
+from slurmkit.rollout.episode import run_episode
 
 OPENING = Opening((Message("user", "hello"),), (tool("look"), tool("write")))
 CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
