@@ -68,6 +68,8 @@ class Sidecar(Section):
     """Folders of templates before the packaged ones, strongest first."""
     sources: dict[str, str]
     """Every file that was read to settle the job, with its sha256."""
+    site: str | None = None
+    """The site's file, which is one of the sources; null if none was in force."""
     environment: Names
     """Names of the variables that the job sets."""
     secrets: Names
@@ -176,6 +178,7 @@ def record(settled: Settled, script: str, out: Path, directory: Path, command: s
         templates_sha256=digest_of_templates(settled.templates),
         templates=tuple(shown(path) for path in settled.templates),
         sources={shown(path): digest_of(path) for path in sources},
+        site=None if settled.site is None else shown(Path(os.path.normpath(settled.site))),
         environment=tuple(sorted(settled.spec.env)),
         secrets=tuple(sorted(getattr(settled.spec, "secrets", ()))),
         git=_state(repository, sources, {out, sidecar_of(out)}) if repository else None,

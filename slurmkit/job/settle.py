@@ -67,6 +67,9 @@ class Settled(NamedTuple):
     committed_only: str | None = None
     """The site's rule that only committed files can be submitted, where it has one."""
 
+    site: Path | None = None
+    """The site's file."""
+
     @property
     def identity(self) -> dict[str, str]:
         """What makes two submissions attempts of the same run: the digest of what runs."""
@@ -83,6 +86,7 @@ class Settled(NamedTuple):
             "origins": {key: self.origins.get(key, "default") for key, _ in leaves(spec)},
             "templates": [str(folder) for folder in self.templates],
             "sources": [str(path) for path in self.sources],
+            "site": None if self.site is None else str(self.site),
         }
         if self.train is not None:
             train = self.train.model_dump(mode="json")
@@ -144,6 +148,10 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         spec = validate(JobSpec, source)
     if site is not None:
         _refuse(site.refusals(spec, source))
+        if any(folder != site.templates for folder in folders):
+            from slurmkit.job.site_templates import template_refusals
+
+            _refuse(template_refusals(site, spec, source, folders))
     in_layers = [None if site is None else site.path, *(layer.path for layer in layers)]
     files = [path for path in in_layers if path is not None]
     files += map(Path, sorted({match[1] for place in config_origins.values() if (match := _FILE.fullmatch(place))}))
@@ -155,6 +163,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         train,
         config_origins,
         site.place("require_committed") if site is not None and site.rules.require_committed else None,
+        None if site is None else site.path.absolute(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from slurmkit.config.validate import known_keys, nearest, origin_of, shown, vali
 from slurmkit.errors import UserError
 from slurmkit.job.container import Mount, expand_places
 from slurmkit.job.layers import EXTRA_KEYS, absolute, anchor_paths
+from slurmkit.job.site_options import counted_gpus, option_refusals
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.values import Word, gpus_in_gres, gpus_of, megabytes_of, minutes_of
 
@@ -173,32 +175,40 @@ class Site:
     def refusals(self, spec: JobSpec, source: Source) -> Iterator[str]:
         """A refusal for each limit that a job breaks, and for each forbidden variable."""
         yield from _limit_refusals(self, spec, source)
+        yield from option_refusals(self, spec, source)
         if spec.container.runtime != "none":
             yield from self._forbidden_mounts(spec, source)
-        own_env = [name for name in spec.env if name not in self.rules.add.env]
+        own_env = [("env", name) for name in spec.env if name not in self.rules.add.env]
         for index, pattern in enumerate(self.rules.forbid.env):
-            for name in own_env:
-                if fnmatch.fnmatchcase(name, pattern):
+            for key in (*own_env, *(("secrets", name) for name in spec.secrets)):
+                if fnmatch.fnmatchcase(key[1], pattern):
                     yield (
-                        f"env.{name} ({origin_of(source, ('env', name))}) cannot be set: the site forbids {pattern} "
+                        f"{'.'.join(key)} ({origin_of(source, key)}) cannot be set: the site forbids {pattern} "
                         f"({self.place('forbid', 'env', str(index))})"
                     )
 
     def _forbidden_mounts(self, spec: JobSpec, source: Source) -> Iterator[str]:
         added = {"/tmp", *(Mount.model_validate(text).source for text in self._added_mounts())}
         origin = origin_of(source, ("container", "mounts"))
+        implicit = {spec.run_dir: "the run directory", spec.workdir: "workdir"}
+        mounted = [
+            ("container.mounts", mount.source, implicit.get(mount.source, origin))
+            for mount in spec.container.binds(spec.run_dir, spec.workdir)
+            if mount.source not in added
+        ]
+        if spec.container.mount_home:
+            homes = {pwd.getpwuid(os.getuid()).pw_dir, os.path.expanduser("~"), spec.env.get("HOME", "/tmp")}
+            place = origin_of(source, ("container", "mount_home"))
+            mounted += [("container.mount_home", home, place) for home in sorted(homes - {"/tmp"})]
         for index, folder in enumerate(self.rules.forbid.mounts):
             forbidden = os.path.realpath(os.path.expanduser(os.path.expandvars(folder)))
-            for mount in spec.container.binds(spec.run_dir, spec.workdir):
-                real = os.path.realpath(mount.source)
-                if mount.source in added or os.path.commonpath([real, forbidden]) not in (real, forbidden):
-                    continue
-                implicit = {spec.run_dir: "the run directory", spec.workdir: "workdir"}
-                place = implicit.get(mount.source, origin)
-                yield (
-                    f"container.mounts: {mount.source} ({place}) cannot be mounted: the site forbids {folder} "
-                    f"({self.place('forbid', 'mounts', str(index))})"
-                )
+            for key, path, place in mounted:
+                real = os.path.realpath(path)
+                if os.path.commonpath([real, forbidden]) in (real, forbidden):
+                    yield (
+                        f"{key}: {path} ({place}) cannot be mounted: the site forbids {folder} "
+                        f"({self.place('forbid', 'mounts', str(index))})"
+                    )
 
     def _added_mounts(self) -> list[str]:
         written = {"mounts": list(self.rules.add.mounts)}
@@ -302,19 +312,34 @@ def _bad_defaults(site: Site, partition: str | None) -> Iterator[str]:
 
 def _limit_refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
     settled = spec.model_dump(mode="json")
+    gpus = counted_gpus(site, spec, source)
     for prefix, rules, whom in site.rule_sets(spec.partition):
         for key, limit in rules.limits.items():
-            value = getattr(spec, key) if key in _DERIVED else _get(settled, key)
+            place = site.place(*prefix, "limits", key)
+            value: Any
+            if key in _DERIVED:
+                if isinstance(gpus, str):
+                    yield f"{key} cannot be counted: {gpus}; the site limits it{whom} ({place})"
+                    continue
+                value = gpus if key == "total_gpus" else spec.gpu_hours(gpus)
+            else:
+                value = _get(settled, key)
             if value is None or value == "":
                 continue
-            place = site.place(*prefix, "limits", key)
-            origin = origin_of(source, tuple(key.split(".")))
+            origin = origin_of(source, tuple(key.split("."))) if key not in _DERIVED else _counted(key, spec, source)
             what = f"{key}: {shown(value)}" + (f" ({origin})" if origin else "")
             for item in _items(key, value):
                 why = _breaks(key, item, limit)
                 if why:
                     yield f"{what} {why}{whom}, by the site's rule ({place})"
                     break
+
+
+def _counted(key: str, spec: JobSpec, source: Source) -> str:
+    """Return the keys from which a figure follows, each with its value and its place."""
+    keys = ["nodes", "gres", "gpus", "gpus_per_node", "exclusive", *(("time", "array") if key == "gpu_hours" else ())]
+    given = [name for name in keys if getattr(spec, name) not in (None, False)]
+    return "; ".join(f"{name} {getattr(spec, name)}, {origin_of(source, (name,)) or 'default'}" for name in given)
 
 
 def _items(key: str, value: Any) -> list[Any]:

@@ -290,13 +290,12 @@ class JobSpec(Section):
             return None
         return self.total_gpus // self.nodes
 
-    @property
-    def gpu_hours(self) -> float | None:
-        """What the job, or all of its array, may use up at most; None where it has no time limit of its own."""
-        if self.time is None or not self.total_gpus:
+    def gpu_hours(self, gpus: int) -> float | None:
+        """Hours of `gpus` GPUs that the job, or all of its array, uses at most; None if it has no time limit."""
+        if self.time is None or not gpus:
             return None if self.time is None else 0.0
         # To Slurm 0 is no limit.
-        return jobs_in(self.array) * self.total_gpus * (minutes_of(self.time) or math.inf) / 60
+        return jobs_in(self.array) * gpus * (minutes_of(self.time) or math.inf) / 60
 
 
 _NO_DIRECTIVES = (

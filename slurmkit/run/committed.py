@@ -13,6 +13,7 @@ from slurmkit.job.layers import EXTRA_KEYS, site_file
 from slurmkit.job.provenance import repository_of
 from slurmkit.job.settle import Request, Settled
 from slurmkit.job.site import Site, read_site
+from slurmkit.job.site_templates import template_refusals
 
 
 def read_committed(
@@ -45,6 +46,7 @@ def read_committed(
         if problems:
             raise UserError("\n".join(problems))
         require = require or site.rules.require_committed
+        settled = settled._replace(site=rules.absolute())
     return settled, rendered.data.decode(), _what_git_says(rendered, require)
 
 
@@ -56,8 +58,13 @@ def _broken_rules(site: Site, settled: Settled) -> Iterator[str]:
     # What these said is in the spec's other keys by now.
     data |= {key: defaults.get(key) if key in locked else "settled" for key in EXTRA_KEYS}
     source = Source(data, {tuple(key.split(".")): origin for key, origin in settled.origins.items()})
+    others = [folder for folder in settled.templates if folder != site.templates]
+    if "templates" in locked and others and str(others[0]) != str(defaults.get("templates")):
+        data["templates"] = str(others[0])
+        source.origins["templates",] = "the rendered file's record"
     yield from site.locks_and_requirements(source)
     yield from site.refusals(settled.spec, source)
+    yield from template_refusals(site, settled.spec, source, settled.templates)
 
 
 def _what_git_says(rendered: RenderedFile, require: bool) -> dict[str, Any]:

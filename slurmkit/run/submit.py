@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slurmkit.errors import Failure, UserError
+from slurmkit.job.audit import digest_of
 from slurmkit.job.keeper_file import keeper_text, name_of_keeper
 from slurmkit.job.render import digest_of_spec
 from slurmkit.job.settle import Settled
@@ -71,7 +72,8 @@ def submit(
     except BaseException:
         directory.undo()
         raise
-    attempt = {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}", **provenance}
+    site = None if settled.site is None else {"file": str(settled.site), "sha256": digest_of(settled.site)}
+    attempt = {"job_id": job_id, "spec": f"sha256:{digest_of_spec(spec)}", "site": site, **provenance}
     directory.add_attempt(settled.identity, attempt)
     try:
         stored = patience.ask(lambda: client.script_of(job_id))

@@ -202,3 +202,21 @@ def test_rules_on_keys_that_settle_into_others_do_not_stand_in_a_rendered_file_s
         site.write_text(site.read_text().replace("time: 30", "time: 31"))
         with pytest.raises(UserError, match=r"time: '30' .* the site locks it to 31"):
             read_committed(Request(run_file=FILE), require=False, environ={"SLURMKIT_SITE": str(site)})
+
+
+def test_a_committed_file_keeps_the_site_s_rules_of_today_for_templates(project: Path, tmp_path: Path) -> None:
+    (project / "mine").mkdir()
+    line = '{% extends "slurmkit/job.sbatch.j2" %}{% block directives %}{{ super() }}#SBATCH --qos=x\n{% endblock %}\n'
+    (project / "mine/job.sbatch.j2").write_text(line)
+    assert slurmkit(project, "render", "--set", "templates=mine", "--out", FILE).code == 0
+    site = tmp_path / "site.yaml"
+    for rules, refusal in (
+        ("lock: [qos]\n", f"qos: 'x' ({project}/mine/job.sbatch.j2: a #SBATCH line) cannot be set: the site locks it"),
+        (
+            "lock: [templates]\n",
+            f"templates: '{project}/mine' (the rendered file's record) cannot be set: the site locks it",
+        ),
+    ):
+        site.write_text(rules)
+        done = slurmkit(project, "submit", FILE, SLURMKIT_SITE=str(site))
+        assert (done.code, refusal in done.err) == (2, True), done.err

@@ -50,6 +50,7 @@ def test_the_record_names_all_that_the_file_was_made_from(project: Path, tmp_pat
         str(site): digest(site),
         **{f"../{name}": digest(project / name) for name in ("slurmkit.yaml", "job.yaml", "base.yaml", "train.yaml")},
     }
+    assert record["site"] == str(site)
     assert record["templates"] == [str(tmp_path / "templates")]
     assert record["environment"] == ["A", "SITE"]
     assert record["git"] == {"commit": head, "changed": {"base.yaml": "modified"}}

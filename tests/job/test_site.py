@@ -113,10 +113,18 @@ def test_a_partition_has_defaults_of_its_own(site: Site) -> None:
         ({"account": "proj-1x"}, "account: 'proj-1x' (command line: account) does not match the pattern proj-[0-9]+"),
         ({"partition": "big"}, "partition: 'big' (command line: partition) is not one of cpu, gpu"),
         ({"partition": "cpu,big"}, "partition: 'cpu,big' (command line: partition) is not one of cpu, gpu"),
-        ({"gpus_per_node": "h100:8", "nodes": 3}, "total_gpus: 24 is above the maximum of 16"),
-        ({"gpus": "8", "time": "24:00:00"}, "gpu_hours: 192.0 is above the maximum of 100"),
-        ({"gpus": "1", "time": "5:00:00", "array": "0-40:2"}, "gpu_hours: 105.0 is above the maximum of 100"),
-        ({"gpus": "1", "time": "0"}, "gpu_hours: inf is above the maximum of 100"),
+        (
+            {"gpus_per_node": "h100:8", "nodes": 3},
+            "total_gpus: 24 (nodes 3, command line: nodes; gpus_per_node h100:8, command line: gpus_per_node) is above "
+            "the maximum of 16, by the site's rule (site.yaml:14)",
+        ),
+        (
+            {"gpus": "8", "time": "24:00:00"},
+            "gpu_hours: 192.0 (nodes 1, default; gpus 8, command line: gpus; time 24:00:00, command line: time) is "
+            "above the maximum of 100",
+        ),
+        ({"gpus": "1", "time": "5:00:00", "array": "0-40:2"}, "gpu_hours: 105.0 (nodes 1, default; gpus 1"),
+        ({"gpus": "1", "time": "0"}, "gpu_hours: inf (nodes 1, default; gpus 1"),
         (
             {"partition": "gpu", "qos": "q", "nodes": 3},
             "nodes: 3 (command line: nodes) is above the maximum of 2 for partition gpu, by the site's rule "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import pytest
 from conftest import Cluster
 
 
@@ -32,3 +35,17 @@ def test_a_file_drafted_from_the_cluster_passes_lint_and_keeps_the_cluster_s_lim
         f"time: '1-0' (command line: time) is above the maximum of 0-04:00:00 for partition high, by the site's rule "
         f"({site}:{line})\n"
     )
+
+
+@pytest.mark.parametrize("name", ["site.yaml", "/dev/null", ""])
+def test_a_submitted_job_s_record_names_the_site_s_file_and_its_digest(
+    cluster: Cluster, shared_path: Path, name: str
+) -> None:
+    (shared_path / "site.yaml").write_text("limits: {nodes: {max: 4}}\n")
+    submit = ("submit", "--name", "x", "--set", "sbatch.hold=true", "--", "true")
+    done = cluster.slurmkit(shared_path, *submit, SLURMKIT_SITE=name)
+    assert done.returncode == 0, done.stderr
+    [attempt] = json.loads((shared_path / "results/x/run.json").read_text())["attempts"]
+    cluster.ask("scancel", attempt["job_id"])
+    digest = hashlib.sha256((shared_path / name).read_bytes() if name else b"").hexdigest()
+    assert attempt["site"] == ({"file": str(shared_path / name), "sha256": digest} if name else None)
