@@ -178,9 +178,16 @@ class TorchEngine:
 
     def _draw(self, logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
         """Add one token to each row by inverting the cumulative distribution at the row's own uniform number."""
-        for b, row in enumerate(rows):
-            if len(row.token_ids) < min(row.request.sampling.min_new_tokens, row.budget):
-                logits_BV[b, [*self._ends, *row.request.sampling.stop_token_ids]] = -torch.inf
+        too_early = [
+            (b, end)
+            for b, row in enumerate(rows)
+            if len(row.token_ids) < min(row.request.sampling.min_new_tokens, row.budget)
+            for end in (*self._ends, *row.request.sampling.stop_token_ids)
+        ]
+        if too_early:
+            # One write for all rows: one for each row takes as long as the forward pass of a small model.
+            row_indices, end_ids = zip(*too_early, strict=True)
+            logits_BV[list(row_indices), list(end_ids)] = -torch.inf
         temperature_B = torch.tensor([row.request.sampling.temperature for row in rows], device=logits_BV.device)
         greedy_B = temperature_B == 0
         logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
