@@ -18,8 +18,6 @@ from slurmkit.errors import SlurmkitError
 
 _DRIVER_TARGET_MS = 50.0
 _TURN_TARGET_MS = 5.0
-# nemo-gym 0.7.0 under uvicorn on a machine of two cores: 128 episodes of 3 to 6 calls at a time.
-_GYM_EPISODES_PER_SECOND = 21.0
 
 
 def main(options: dict[str, Any]) -> None:
@@ -111,7 +109,7 @@ def _rollout_lines(settings: Mapping[str, Any], figures: Mapping[str, Any]) -> I
 
 def _generate(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str]]:
     given = dict(options)
-    result = sampling.compare(given.pop("shapes"), given, _say)
+    result = sampling.compare(given.pop("shapes"), given.pop("seeds"), given, _say)
     return result, sampling.table(result["figures"])
 
 
@@ -135,7 +133,6 @@ def _workplace(options: Mapping[str, Any]) -> tuple[dict[str, Any], Iterator[str
 def _workplace_lines(figures: Mapping[str, Any]) -> Iterator[str]:
     rate, memory = figures["episodes_per_second"], figures["memory_mib"]
     yield f"episodes/s   {rate:,.0f} of {figures['calls_per_episode']:.1f} calls, in one process"
-    yield f"             {rate / _GYM_EPISODES_PER_SECOND:.0f} × NeMo Gym's {_GYM_EPISODES_PER_SECOND:g} on two cores"
     yield f"memory       {memory[0]:.1f} MiB, {memory[-1]:.1f} MiB after {figures['episodes']:,} episodes"
 
 

@@ -45,10 +45,10 @@ class Settings:
     shape: str
     side: str
     workload: str = "even"
-    batch: int = 64
+    batch: int = 32
     prompt_tokens: int = 128
     new_tokens: int = 64
-    rounds: int = 3
+    rounds: int = 1
     precision: str = "float32"
     device: str = "cpu"
     threads: int = len(os.sched_getaffinity(0))
@@ -74,13 +74,14 @@ async def _rounds(folder: Path, settings: Settings, parameters: int) -> dict[str
     began = time.perf_counter()
     sample = {"transformers": _transformers, "torch": _torch, "vllm": _vllm}[settings.side](folder, settings)
     start = time.perf_counter() - began
-    rates = []
+    tokens, rates = [], []
     for number in range(settings.rounds + 1):
         began = time.perf_counter()
-        tokens = await sample(number)
-        rates.append(tokens / (time.perf_counter() - began))
+        tokens.append(await sample(number))
+        rates.append(tokens[-1] / (time.perf_counter() - began))
     return {
         "tokens_per_second": statistics.median(rates[1:]),
+        "tokens_per_round": statistics.fmean(tokens[1:]),
         "all_tokens_per_second": rates,
         "start_seconds": start,
         "parameters": parameters,

@@ -1,4 +1,4 @@
-"""Models of random weights, whole with a tokenizer, as engines want them."""
+"""Models of random weights with a tokenizer. `python -m slurmkit.bench.random_model` writes one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from slurmkit.bench.shapes import Shape
+from slurmkit.bench.child import answer
+from slurmkit.bench.shapes import Shape, shape_of
 from slurmkit.grpo.from_scratch import byte_tokenizer
 
 
@@ -28,3 +29,12 @@ def write_model(folder: Path, shape: Shape, max_length: int, seed: int) -> int:
     model: Any = Qwen3ForCausalLM._from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     return int(model.num_parameters())
+
+
+def _write(settings: dict[str, Any]) -> dict[str, Any]:
+    shape = shape_of(settings["shape"])
+    return {"parameters": write_model(Path(settings["folder"]), shape, settings["max_length"], seed=0)}
+
+
+if __name__ == "__main__":
+    answer(_write)

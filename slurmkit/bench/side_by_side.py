@@ -1,23 +1,25 @@
-"""slurmkit beside TRL's GRPOTrainer: the same model, tasks, judge and settings, in turns on the same cores.
+"""slurmkit and TRL's GRPOTrainer on equal work, in turns on the same cores.
 
-What is alike: the folder of the model, the order of the tasks (not shuffled), completions per step, the limit on their
-length, temperature 1 without top-p or top-k, float32, AdamW and its settings, the norm gradients are clipped to, the
-ratio clip, one update per step, token-level loss (DAPO's), advantages by the group's standard deviation, no KL, no
-reference model, as many sequences in a micro-batch (slurmkit, which packs them, is given the tokens that so many have
-in the mean), cores and threads. Activation checkpointing is off on both sides; nothing is logged elsewhere, saved or
-validated.
+Both sides have the same folder of a model (random weights), questions in the same order, reward function, completions
+per step, lengths of all completions, temperature 1 without top-p or top-k, float32, AdamW and its settings, gradient
+clipping, ratio clipping, one update per step, token-level loss (DAPO's), advantages by the group's standard deviation,
+no KL, no reference model, cores and threads. A micro-batch holds as many sequences (slurmkit packs sequences, so it
+gets the mean number of tokens of so many). Activation checkpointing, logging elsewhere, saving and validation are off.
 
-What is not: slurmkit is its whole path (`slurmkit run`: the driver, Ray, FSDP2 on one rank, an engine in a process of
-its own), TRL one process. slurmkit packs what TRL pads, leaves out samples whose advantage is 0, and measures ratios
-against the engine's own logprobs; TRL against the policy's, which on policy are 1. Sampled tokens differ, so do
-lengths: compare tokens/s before seconds. Both leave the first step out of every figure of time.
+Lengths are forced: each side draws exactly the number of tokens that `forced.lengths` gives. The reward differs within
+every group, so both sides train on every completion (slurmkit skips a completion whose advantage is 0). Each side
+reports the completion tokens that it made and the tokens that it trained on; `equal_work` compares them.
+
+The sides differ in this: slurmkit is a driver, Ray, FSDP2 on one rank and an engine in a process of its own; TRL is
+one process. slurmkit packs sequences, TRL pads them. Ratios are 1 on both sides, as every step is on policy. Both leave
+the first step out of every figure of time.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -27,50 +29,44 @@ from pathlib import Path
 from typing import Any
 
 import slurmkit
+from slurmkit.bench import equal_work
 from slurmkit.bench.child import DEADLINE_SECONDS, measured
-from slurmkit.bench.machine import WatchedTree
+from slurmkit.bench.forced import PROMPT_TOKENS
+from slurmkit.bench.machine import WatchedTree, circumstances
 from slurmkit.errors import Failure, UserError
 
 TRL = ("trl==1.16.0", "torch==2.13.0")
 PHASES = ("generation", "logprobs", "update", "weights", "step")
+# Amounts of work of a step, which must be equal, and their names in tables.
+_WORK = {"completion_tokens": "completion tokens a step", "trained_tokens": "trained tokens a step"}
+_RATIOS = ("step", "tokens_per_second", "peak_memory_mib", "largest_process_mib")
 _SIDES = ("slurmkit", "trl")
-# Of a question in tasks.jsonl, by the chat template.
-_PROMPT_TOKENS = 16
 _OPTIMIZER = {"weight_decay": 0.0, "betas": [0.9, 0.95], "eps": 1e-8}
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64},
-    "0.4M": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 288},
-    "20M": {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 1536},
-}
-_SUPERVISED = {
-    "tiny": {"num_hidden_layers": 1, "supervised_steps": 30, "supervised_batch_size": 8, "supervised_lr": 1e-2},
-    "0.4M": {"num_hidden_layers": 2, "supervised_steps": 400, "supervised_batch_size": 32, "supervised_lr": 3e-3},
-    "20M": {"num_hidden_layers": 6, "supervised_steps": 60, "supervised_batch_size": 16, "supervised_lr": 1e-3},
-}
-# So small that lengths stay what they are: a batch of long completions has more tokens per second than one of short.
-_LEARNING_RATES = {"tiny": 1e-3, "0.4M": 2e-4, "20M": 2e-5}
+_LEARNING_RATE = 1e-5
+# Names of --models, and the shapes of shapes.py.
+_SHAPES = {"tiny": "tiny", "0.4M": "0.4m", "20M": "20m"}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is compared. `micro_batch` counts sequences, `mean_dots` is about the mean completion."""
+    """Settings of a comparison. `micro_batch` counts sequences, `new_tokens` is about the mean completion."""
 
     models: Sequence[str] = ("0.4M", "20M")
-    seeds: Sequence[int] = (1, 2, 3)
-    steps: int = 30
+    seeds: Sequence[int] = (1, 2, 3, 4, 5)
+    steps: int = 4
     prompts: int = 16
     generations: int = 8
     micro_batch: int = 32
     max_new_tokens: int = 128
-    mean_dots: float = 30.0
+    new_tokens: float = 30.0
     threads: int = len(os.sched_getaffinity(0))
 
 
 def check(settings: Settings) -> None:
     """UserError where the settings cannot work, before anything is made."""
     for name in settings.models:
-        if name not in _SIZES:
-            raise UserError(f"--models {name}: there is no such model; there are {', '.join(_SIZES)}")
+        if name not in _SHAPES:
+            raise UserError(f"--models {name}: there is no such model; there are {', '.join(_SHAPES)}")
     completions = settings.prompts * settings.generations
     if completions % settings.micro_batch or settings.micro_batch % settings.generations:
         raise UserError(
@@ -110,14 +106,14 @@ def trl_python(given: Path | None, cache: Path, say: Callable[[str], None]) -> P
 def measure(
     settings: Settings, trl: Path | None, cache: Path, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All runs, each side first in turn, and their summary. Without `trl`, slurmkit alone.
+    """Run all sides, each one first in turn, and return the runs and their summary. Without `trl`, slurmkit alone.
 
     Models are kept in `cache`, runs in `folder`.
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
     runs = []
     for name in settings.models:
-        start = _starting_model(name, settings, cache, say)
+        model = _random_model(name, settings, cache, say)
         for index, seed in enumerate(settings.seeds):
             for side in _SIDES if index % 2 == 0 else reversed(_SIDES):
                 if side == "trl" and trl is None:
@@ -125,33 +121,31 @@ def measure(
                 say(f"{name}, seed {seed}: {side}")
                 here = folder / f"{name}-{seed}-{side}"
                 here.mkdir(parents=True)
-                run = _slurmkit(name, settings, start, seed, here) if trl is None or side == "slurmkit" else None
-                run = run or _trl(name, settings, start, seed, here, trl or Path())
-                runs.append({"model": name, "seed": seed, "side": side, **run})
+                run = {"model": name, "seed": seed, "side": side, "circumstances": circumstances()}
+                if side == "trl":
+                    runs.append(run | _trl(settings, model, seed, here, trl))
+                else:
+                    runs.append(run | _slurmkit(settings, model, seed, here))
     return {"figures": summary(runs), "runs": runs}
 
 
-def _starting_model(name: str, settings: Settings, cache: Path, say: Callable[[str], None]) -> Path:
-    made = {
-        "sizes": _SIZES[name] | _SUPERVISED[name],
-        "mean_dots": settings.mean_dots,
-        "max_length": _PROMPT_TOKENS + settings.max_new_tokens,
-        "seed": 0,
-    }
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache / "models" / f"{name}-{digest}"
-    if not (folder / "model").exists():
-        say(f"making a model of {name} parameters in {folder}")
-        measured("starting_model", {**made, "folder": str(folder)})
+def _random_model(name: str, settings: Settings, cache: Path, say: Callable[[str], None]) -> Path:
+    max_length = PROMPT_TOKENS + settings.max_new_tokens
+    folder = cache / "models" / f"random-{_SHAPES[name]}-{max_length}"
+    if not folder.exists():
+        say(f"making a model of random weights in {folder}")
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+        unfinished.mkdir(parents=True)
+        measured("random_model", {"folder": str(unfinished), "shape": _SHAPES[name], "max_length": max_length})
+        os.replace(unfinished, folder)
     return folder
 
 
-def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path) -> dict[str, Any]:
+def _slurmkit(settings: Settings, model: Path, seed: int, here: Path) -> dict[str, Any]:
     completions = settings.prompts * settings.generations
-    tasks = {"data_path": str(start / "tasks.jsonl")}
     config = {
-        "env": {"name": "math"},
-        "data": {"train": tasks, "validation": tasks, "shuffle": False},
+        "env": {"name": "arithmetic"},  # slurmkit_side.py replaces it
+        "data": {"shuffle": False},
         "grpo": {
             "num_prompts_per_step": settings.prompts,
             "num_generations_per_prompt": settings.generations,
@@ -163,29 +157,37 @@ def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path)
             "seed": seed,
         },
         "policy": {
-            "model_name": str(start / "model"),
+            "model_name": str(model),
             "train_global_batch_size": completions,
             "sequence_packing": {"train_mb_tokens": _micro_batch_tokens(settings)},
-            "max_total_sequence_length": _PROMPT_TOKENS + settings.max_new_tokens,
+            "max_total_sequence_length": PROMPT_TOKENS + settings.max_new_tokens,
             "precision": "float32",
-            "optimizer": {"kwargs": {"lr": _LEARNING_RATES[name], **_OPTIMIZER}},
-            "generation": {"max_new_tokens": settings.max_new_tokens, "max_batch_size": completions},
+            "optimizer": {"kwargs": {"lr": _LEARNING_RATE, **_OPTIMIZER}},
+            "generation": {
+                "max_new_tokens": settings.max_new_tokens,
+                "min_new_tokens": settings.max_new_tokens,
+                "max_batch_size": completions,
+            },
         },
-        "checkpointing": {"enabled": False},
+        # Forced lengths are min_new_tokens, which the configuration accepts with this key only.
+        "loss_fn": {"force_on_policy_ratio": True},
+        "checkpointing": {"enabled": False, "checkpoint_dir": str(here / "run"), "metric_name": None},
         "cluster": {"gpus_per_node": 0},
     }
-    (here / "config.yaml").write_text(json.dumps(config))  # which YAML takes
-    command = [sys.executable, "-c", "from slurmkit.cli.main import main; main()", "run"]
-    command += ["--config=config.yaml", "--name=run", "--results-dir=results"]
-    memory = _run(command, here, settings, {})
-    lines = [json.loads(line) for line in (here / "results/run/metrics.jsonl").read_text().splitlines()]
+    told = {"config": config, "seed": seed}
+    told |= {"new_tokens": settings.new_tokens, "max_new_tokens": settings.max_new_tokens}
+    (here / "settings.json").write_text(json.dumps(told))
+    # Ray reads these when it is imported, see grpo/private_ray.py.
+    protection = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    memory = _run([sys.executable, "-m", "slurmkit.bench.slurmkit_side", "settings.json"], here, settings, protection)
+    lines = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
     phases = {"generation": "time:rollout", "update": "time:update", "weights": "time:weights", "step": "time:step"}
     steps = [
         {
             "logprobs": line.get("time:logprobs", 0.0),
             **{phase: line.get(key, 0.0) for phase, key in phases.items()},
-            "reward_mean": line["train:reward_mean"],
             "completion_tokens": line["train:completion_tokens_mean"] * completions,
+            "trained_tokens": line.get("train:trained_tokens", 0.0),
         }
         for line in lines
     ]
@@ -193,24 +195,22 @@ def _slurmkit(name: str, settings: Settings, start: Path, seed: int, here: Path)
 
 
 def _micro_batch_tokens(settings: Settings) -> int:
-    # A completion is its dots, the answer and the end token.
-    mean = round(settings.micro_batch * (_PROMPT_TOKENS + settings.mean_dots + 2))
-    return max(mean, _PROMPT_TOKENS + settings.max_new_tokens)
+    mean = round(settings.micro_batch * (PROMPT_TOKENS + settings.new_tokens))
+    return max(mean, PROMPT_TOKENS + settings.max_new_tokens)
 
 
-def _trl(name: str, settings: Settings, start: Path, seed: int, here: Path, python: Path) -> dict[str, Any]:
+def _trl(settings: Settings, model: Path, seed: int, here: Path, python: Path | None) -> dict[str, Any]:
     told = asdict(settings) | {
-        "model": str(start / "model"),
-        "tasks": str(start / "tasks.jsonl"),
+        "model": str(model),
         "folder": str(here / "output"),
         "seed": seed,
-        "lr": _LEARNING_RATES[name],
+        "lr": _LEARNING_RATE,
         "clip": 0.2,
         "max_grad_norm": 1.0,
         **_OPTIMIZER,
     }
     (here / "settings.json").write_text(json.dumps(told))
-    # Of our environment only the package itself: the judge of answers, which needs nothing else.
+    # TRL's process sees only this package of our environment. It imports forced.py, which needs nothing else.
     (here / "only").mkdir()
     package = Path(slurmkit.__file__).parent
     (here / "only" / "slurmkit").symlink_to(package)
@@ -245,53 +245,73 @@ def _run(command: Sequence[str], here: Path, settings: Settings, environment: di
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each model, each side's figures over its runs and, where both ran, slurmkit's divided by TRL's."""
+    """Return each side's figures for each model and, if both sides ran, the ratio of slurmkit's figures to TRL's.
+
+    Figures are medians over the runs. The ratio is taken seed by seed. If the work of a seed's two runs differs by more
+    than 5 %, "unequal" says how, and there is no ratio.
+    """
     figures: dict[str, Any] = {}
     for name in dict.fromkeys(run["model"] for run in runs):
-        sides = {side: [run for run in runs if (run["model"], run["side"]) == (name, side)] for side in _SIDES}
-        figures[name] = {side: _figures(found) for side, found in sides.items() if found}
-        if len(figures[name]) == len(_SIDES):
-            ours, theirs = (figures[name][side] for side in _SIDES)
-            figures[name]["ratio"] = {
-                key: ours[key] / theirs[key]
-                for key in ("tokens_per_second", "step", "peak_memory_mib", "largest_process_mib")
-            }
+        sides = {side: [_figures(run) for run in _of(runs, name, side)] for side in _SIDES if _of(runs, name, side)}
+        figures[name] = {
+            side: {key: statistics.median(each[key] for each in found) for key in found[0]}
+            for side, found in sides.items()
+        }
+        if len(sides) < len(_SIDES):
+            continue
+        unequal = [
+            f"seed {run['seed']}: {problem}"
+            for run, *pair in zip(_of(runs, name, _SIDES[0]), *sides.values(), strict=True)
+            if (problem := equal_work.difference(dict(zip(sides, map(_work, pair), strict=True))))
+        ]
+        if unequal:
+            figures[name]["unequal"] = unequal
+            continue
+        figures[name]["ratio"] = {
+            key: equal_work.ratios(*([each[key] for each in found] for found in sides.values())) for key in _RATIOS
+        }
     return figures
 
 
-def _figures(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the steps of all runs but each one's first; memory is the largest, rewards are of the last steps."""
-    timed = [step for run in runs for step in run["steps"][1:]]
-    rewards = [statistics.fmean(step["reward_mean"] for step in run["steps"][-_last(run) :]) for run in runs]
+def _of(runs: Sequence[dict[str, Any]], name: str, side: str) -> list[dict[str, Any]]:
+    found = [run for run in runs if (run["model"], run["side"]) == (name, side)]
+    return sorted(found, key=lambda run: int(run["seed"]))
+
+
+def _figures(run: dict[str, Any]) -> dict[str, float]:
+    """Return the means over all steps of a run but the first, and its memory."""
+    timed = run["steps"][1:]
+    means = {key: statistics.fmean(step.get(key, 0.0) for step in timed) for key in (*PHASES, *_WORK)}
     return {
-        **{phase: statistics.fmean(step.get(phase, 0.0) for step in timed) for phase in PHASES},
-        "tokens_per_second": sum(step["completion_tokens"] for step in timed) / sum(step["step"] for step in timed),
-        "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
-        "largest_process_mib": max(run["largest_process_mib"] for run in runs),
-        "first_reward": statistics.fmean(run["steps"][0]["reward_mean"] for run in runs),
-        "last_reward": statistics.fmean(rewards),
-        "last_reward_by_seed": rewards,
+        **means,
+        "tokens_per_second": means["completion_tokens"] / means["step"],
+        "peak_memory_mib": run["peak_memory_mib"],
+        "largest_process_mib": run["largest_process_mib"],
     }
 
 
-def _last(run: dict[str, Any]) -> int:
-    return max(1, len(run["steps"]) // 5)
+def _work(figures: dict[str, float]) -> dict[str, float]:
+    return {name: figures[key] for key, name in _WORK.items()}
 
 
 def table(figures: dict[str, Any]) -> Iterator[str]:
-    """The summary in Markdown."""
-    columns = [*(f"{phase} s" for phase in PHASES), "tokens/s", "peak MiB", "largest process MiB", "reward"]
+    """Yield the summary in Markdown."""
+    columns = [*(f"{phase} s" for phase in PHASES), *_WORK.values(), "tokens/s", "peak MiB", "largest process MiB"]
+    whole = (*_WORK, "tokens_per_second", "peak_memory_mib", "largest_process_mib")
     yield f"| model | | {' | '.join(columns)} |"
     yield "|---|---|" + "---:|" * len(columns)
     for name, sides in figures.items():
         for side in _SIDES:
-            if side not in sides:
-                continue
-            found = sides[side]
-            cells = [f"{found[phase]:.3f}" for phase in PHASES]
-            cells += [f"{found[key]:,.0f}" for key in ("tokens_per_second", "peak_memory_mib", "largest_process_mib")]
-            cells.append(f"{found['first_reward']:.2f} → {found['last_reward']:.2f}")
-            yield f"| {name} | {side} | {' | '.join(cells)} |"
+            if found := sides.get(side):
+                cells = [*(f"{found[phase]:.3f}" for phase in PHASES), *(f"{found[key]:,.0f}" for key in whole)]
+                yield f"| {name} | {side} | {' | '.join(cells)} |"
         if ratio := sides.get("ratio"):
-            keys = ("step", "tokens_per_second", "peak_memory_mib", "largest_process_mib")
-            yield f"| {name} | ratio | | | | | {' | '.join(f'{ratio[key]:.2f}' for key in keys)} | |"
+            cells = [equal_work.shown(ratio[key]) if key in ratio else "" for key in (*PHASES, *whole)]
+            yield f"| {name} | ratio | {' | '.join(cells)} |"
+        if "unequal" in sides:
+            yield f"| {name} | unequal | {' | '.join([''] * len(columns))} |"
+    for name, sides in figures.items():
+        if ratio := sides.get("ratio"):
+            yield f"{name}: ratios are slurmkit's to TRL's, median (least–most) of {ratio['step']['n']} seeds."
+        for problem in sides.get("unequal", ()):
+            yield f"{name}, {problem}: the work is unequal, so there is no ratio."

@@ -45,12 +45,16 @@ class Times:
 
     settings: Settings
     episodes: Counter[str] = field(default_factory=Counter)
+    total: float = 0.0
+    """Seconds of all episodes so far."""
 
     def of_next(self, task: Task) -> float:
         """Of a task's next episode."""
         self.episodes[task.name] += 1
         rng = Random(f"{self.settings.seed} {task.name} {self.episodes[task.name]}")
-        return self.settings.median_seconds * math.exp(self.settings.spread * rng.gauss(0, 1))
+        seconds = self.settings.median_seconds * math.exp(self.settings.spread * rng.gauss(0, 1))
+        self.total += seconds
+        return seconds
 
 
 class _SlowEnvironment:
@@ -76,9 +80,9 @@ class _SlowEnvironment:
 class _SlowDomain:
     """The tasks of another domain, in environments that take their time while training."""
 
-    def __init__(self, config: TrainConfig, settings: Settings) -> None:
+    def __init__(self, config: TrainConfig, times: Times) -> None:
         self._inner = make_domain(config)
-        self._times = Times(settings)
+        self._times = times
         self.train_sources = self._inner.train_sources
         self.train_tasks = self._inner.train_tasks
         self.validation_tasks = self._inner.validation_tasks
@@ -93,19 +97,29 @@ class _SlowDomain:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Train for so many steps beside a first one, which is in no figure. `last_reward` is the last quarter's mean."""
+    """Train, and return the means over `settings.steps` steps. `last_reward` is the mean of their last quarter.
+
+    One step before these is left out, and `age` steps after them. With an age above 0, rollouts of the first measured
+    steps are ready when the time begins; the rollouts of as many later steps are made before it ends.
+    """
+    times = Times(settings)
     with tempfile.TemporaryDirectory(prefix="slurmkit-bench-", dir="/var/tmp") as folder:
         config = TrainConfig.model_validate(_config(settings, Path(folder)))
-        asyncio.run(train(config, Interrupts(), make_domain=lambda config: _SlowDomain(config, settings)))
+        asyncio.run(train(config, Interrupts(), make_domain=lambda config: _SlowDomain(config, times)))
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    lines = lines[1:]
+    all_steps = len(lines)
+    lines = lines[1 : 1 + settings.steps]
     late = lines[-max(1, len(lines) // 4) :]
     seconds = sum(line["time:step"] for line in lines)
+    episodes = settings.prompts * settings.generations
     return {
         "settings": asdict(settings),
         "figures": {
             "tokens_per_second": sum(line["train:total_tokens"] for line in lines) / seconds,
             "step_seconds": seconds / len(lines),
+            "completion_tokens_per_step": fmean(line["train:completion_tokens_mean"] for line in lines) * episodes,
+            "trained_tokens_per_step": fmean(line.get("train:trained_tokens", 0.0) for line in lines),
+            "episode_seconds_per_step": times.total / all_steps,
             "trainer_idle": fmean(line["perf:trainer_idle"] for line in lines),
             "engines_idle": fmean(line["perf:engines_idle"] for line in lines),
             "age_mean": fmean(line["train:age_mean"] for line in lines),
@@ -131,7 +145,7 @@ def _config(settings: Settings, folder: Path) -> dict[str, Any]:
         "grpo": {
             "num_prompts_per_step": settings.prompts,
             "num_generations_per_prompt": settings.generations,
-            "max_num_steps": settings.steps + 1,
+            "max_num_steps": 1 + settings.steps + settings.age,
             "max_num_epochs": 1000,
             "max_steps_without_signal": None,
             "val_period": 0,

@@ -21,6 +21,7 @@ import torch
 from torch import distributed
 from transformers.utils.logging import disable_progress_bar
 
+from slurmkit.bench import equal_work
 from slurmkit.bench.child import answer
 from slurmkit.bench.random_model import write_model
 from slurmkit.bench.shapes import shape_of
@@ -90,7 +91,7 @@ async def _rounds(folder: str, settings: Settings) -> dict[str, Any]:
         **figures,
         "bytes": size,
         "bytes_per_second": size / whole,
-        "ratio_to_copy": whole / figures["copy_seconds"],
+        "ratio_to_copy": equal_work.ratios([sum(pair) for pair in zip(share, load, strict=True)][1:], copy[1:]),
         "all_seconds": medians,
     }
 

@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer on the model, tasks and settings that slurmkit trains with: a side of `slurmkit bench train`.
+"""TRL's side of `slurmkit bench train`: its GRPOTrainer with the model, questions, lengths and settings of our side.
 
-Run as a file by the Python of TRL's own environment, where of slurmkit only the judge of answers is to be imported:
+Run as a file by the Python of TRL's own environment, which can import only slurmkit.bench.forced of slurmkit:
 
     PYTHON trl_side.py SETTINGS.json RESULT.json
 """
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from slurmkit.envs.answers import final_number
+from slurmkit.bench import forced
 
 
 class Clock:
@@ -68,10 +68,11 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc] # TRL is not installed wh
             CLOCK.add("logprobs", time.perf_counter() - began)
         return found
 
-    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+        CLOCK.add("trained_tokens", float(inputs["completion_mask"].sum()))
         # Rollouts are made just before it, so that forward and backward are what lies between here and `training_step`.
         CLOCK.mark()
-        return super().compute_loss(*arguments, **options)
+        return super().compute_loss(model, inputs, *arguments, **options)
 
     def training_step(self, *arguments: Any, **options: Any) -> Any:
         found = super().training_step(*arguments, **options)
@@ -90,26 +91,54 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         CLOCK.step_ends()
 
 
-def reward(completions: list[Any], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """slurmkit's own judgement (env.name math), and what it was of."""
-    scores = [
-        float(final_number(completion[0]["content"]) == final_number(right))
-        for completion, right in zip(completions, answer, strict=True)
-    ]
-    CLOCK.add("reward_mean", sum(scores) / len(scores))
+class _ExactLengths(LogitsProcessor):  # type: ignore[misc]
+    """Forbids the end token before the last token of each completion, and forces it there."""
+
+    def __init__(self, lengths: list[int], prompt_tokens: int, end_id: int) -> None:
+        self._last_B = torch.tensor(lengths) - 1
+        self._prompt_tokens, self._end_id = prompt_tokens, end_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        number = input_ids.shape[1] - self._prompt_tokens
+        is_last_B = self._last_B == number
+        scores[:, self._end_id] = -torch.inf
+        scores[is_last_B] = -torch.inf
+        scores[is_last_B, self._end_id] = 0.0
+        return scores
+
+
+def force_lengths(model: Any, settings: dict[str, Any], end_id: int) -> None:
+    """Make each call of `model.generate`, which is one step's, sample the step's lengths."""
+    generate, step = model.generate, 0
+
+    def generate_exactly(input_ids: torch.Tensor, **options: Any) -> Any:
+        nonlocal step
+        step += 1
+        count, mean, most = len(input_ids), settings["new_tokens"], settings["max_new_tokens"]
+        lengths = forced.lengths(settings["seed"], step, count, mean, most)
+        processor = _ExactLengths(lengths, input_ids.shape[1], end_id)
+        return generate(input_ids=input_ids, logits_processor=[processor], **options)
+
+    model.generate = generate_exactly
+
+
+def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Score each completion with the reward function of slurmkit's side, and count its tokens."""
     CLOCK.add("completion_tokens", float(sum(map(len, completion_ids))))
-    return scores
+    return [forced.reward(completion[0]["content"]) for completion in completions]
 
 
 def main(settings_path: str, result_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text())
     torch.set_num_threads(settings["threads"])
-    rows = [json.loads(line) for line in Path(settings["tasks"]).read_text().splitlines()]
-    tasks = [{"prompt": [{"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in rows]
+    tasks = [{"prompt": [{"role": "user", "content": question}]} for question in forced.QUESTIONS]
     completions = settings["prompts"] * settings["generations"]
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"], padding_side="left")
+    force_lengths(model, settings, tokenizer.eos_token_id)
     trainer = TimedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(settings["model"], padding_side="left"),
+        model=model,
+        processing_class=tokenizer,
         reward_funcs=[reward],
         train_dataset=Dataset.from_list(tasks),
         callbacks=[Steps()],

@@ -36,7 +36,8 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg] # generic in newer re
 
 _OF_FAKE_DATA = {
     "shape": click.option(
-        "--shape", help="tiny, 0.4m, 1m, small, 100m, qwen3-0.6b, qwen3-4b.  [default: qwen3-0.6b on a GPU, else small]"
+        "--shape",
+        help="tiny, 0.4m, 1m, 20m, small, 100m, qwen3-0.6b, qwen3-4b.  [default: qwen3-0.6b on a GPU, else small]",
     ),
     "seq_length": click.option(
         "--seq-length", type=click.IntRange(2), help="Tokens of a micro-batch.  [default: 16384, 1024]"
@@ -59,12 +60,12 @@ _BESIDE_TRL = {
     ),
     "alone": click.option("--alone", is_flag=True, default=None, help="slurmkit without TRL beside it."),
     "models": click.option("--models", metavar="NAME,NAME", help="Of tiny, 0.4M, 20M.  [default: 0.4M,20M]"),
-    "seeds": click.option("--seeds", type=_Numbers(), help="A run of each side for each.  [default: 1,2,3]"),
+    "seeds": click.option("--seeds", type=_Numbers(), help="Each side runs once for each seed.  [default: 1,2,3,4,5]"),
     "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]"),
     "generations": click.option("--generations", type=click.IntRange(2), help="Completions of each.  [default: 8]"),
     "micro_batch": click.option("--micro-batch", type=_POSITIVE, help="Sequences of a micro-batch.  [default: 32]"),
     "max_new_tokens": click.option("--max-new-tokens", type=_POSITIVE, help="Of a completion.  [default: 128]"),
-    "mean_dots": click.option("--mean-dots", type=float, help="About the mean length of a completion.  [default: 30]"),
+    "new_tokens": click.option("--new-tokens", type=float, help="Mean tokens of a completion.  [default: 30]"),
     "cache": click.option(
         "--cache", type=_PATH, help="Where models and TRL are kept.  [default: ~/.cache/slurmkit/bench]"
     ),
@@ -92,7 +93,7 @@ def command() -> None:
 
 @command.command("train")
 @click.option("--fake-data", is_flag=True, help="The trainer alone, on random tokens and weights of a real shape.")
-@click.option("--steps", type=click.IntRange(2), help="The first is left out.  [default: 4 of fake data, else 30]")
+@click.option("--steps", type=click.IntRange(2), help="Number of steps, of which the first is not timed.  [default: 4]")
 @click.option("--threads", type=_POSITIVE, help="Cores and threads.  [default: all]")
 @_with(*_OF_FAKE_DATA.values(), *_BESIDE_TRL.values(), *_OF_ALL)
 def train(fake_data: bool, **options: Any) -> None:
@@ -144,10 +145,11 @@ def rollout(**options: Any) -> None:
 
 @command.command("generate")
 @click.option("--shapes", default="0.4m,100m", metavar="NAME,NAME", show_default=True, help="Models of random weights.")
-@click.option("--batch", type=_POSITIVE, help="Completions at once.  [default: 64]")
+@click.option("--seeds", type=_Numbers(), default="1,2,3", show_default=True, help="Each side runs once for each seed.")
+@click.option("--batch", type=_POSITIVE, help="Completions at once.  [default: 32]")
 @click.option("--prompt-tokens", type=_POSITIVE, help="Of each prompt.  [default: 128]")
 @click.option("--new-tokens", type=_POSITIVE, help="Of a completion, in the mean.  [default: 64]")
-@click.option("--rounds", type=_POSITIVE, help="Beside a first one that is left out.  [default: 3]")
+@click.option("--rounds", type=_POSITIVE, help="Number of measured rounds, after one warm-up round.  [default: 1]")
 @click.option("--threads", type=_POSITIVE, help="Of each engine.  [default: all cores]")
 @_with(*_OF_ALL)
 def generate(shapes: str, **options: Any) -> None:
@@ -170,7 +172,7 @@ def sync(shapes: str, **options: Any) -> None:
 
 @command.command("async")
 @click.option("--ages", type=_Numbers(), default="1,2", show_default=True, help="max_trajectory_age_steps, beside 0.")
-@click.option("--seeds", type=_Numbers(), default="1,2,3", show_default=True, help="A run of each age for each.")
+@click.option("--seeds", type=_Numbers(), default="1,2,3,4,5", show_default=True, help="A run of each age for each.")
 @click.option("--steps", type=_POSITIVE, help="Beside a first one that is left out.  [default: 60]")
 @click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]")
 @click.option("--generations", type=click.IntRange(2), help="Episodes of each.  [default: 16]")

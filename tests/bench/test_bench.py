@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from parts import SLURMKIT
 
-from slurmkit.bench import asynchronous, baseline, growth, sampling, side_by_side
+from slurmkit.bench import asynchronous, baseline, equal_work, forced, growth, sampling, side_by_side
 from slurmkit.bench.child import measured
 from slurmkit.bench.machine import WatchedTree
 from slurmkit.bench.shapes import SHAPES
@@ -77,6 +78,8 @@ def test_sampling_is_measured_with_each_engine_and_with_transformers(side: str, 
     assert len(figures["all_tokens_per_second"]) == 3
     assert figures["tokens_per_second"] == pytest.approx(sum(figures["all_tokens_per_second"][1:]) / 2)
     assert 300_000 < figures["parameters"] < 500_000
+    # Four completions of 8 tokens, or eight of 1 to 15; an end token ends some of them early.
+    assert 0.5 * 32 < figures["tokens_per_round"] <= (32 if workload == "even" else 8 * 15)
 
 
 def test_a_transfer_of_weights_is_measured_beside_a_plain_copy() -> None:
@@ -85,25 +88,48 @@ def test_a_transfer_of_weights_is_measured_beside_a_plain_copy() -> None:
     assert figures["bytes"] > 4 * 2 * tiny.vocab_size * tiny.hidden_size
     whole = figures["share_seconds"] + figures["load_seconds"]
     assert figures["bytes_per_second"] == pytest.approx(figures["bytes"] / whole)
-    assert figures["ratio_to_copy"] == pytest.approx(whole / figures["copy_seconds"])
+    ratio = figures["ratio_to_copy"]
+    assert ratio["n"] == 2
+    assert ratio["least"] <= ratio["median"] <= ratio["most"]
+    rounds = figures["all_seconds"]
+    assert ratio["least"] <= (rounds["share"][1] + rounds["load"][1]) / rounds["copy"][1] <= ratio["most"]
 
 
-def test_engines_are_compared_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def sampled(monkeypatch: pytest.MonkeyPatch, tokens: dict[str, float]) -> dict[str, Any]:
+    """The comparison of invented engines: a seed makes each faster, and `tokens` is each one's work."""
+
     def measured(module: str, settings: dict[str, Any]) -> dict[str, Any]:
         rate = {"transformers": 100.0, "torch": 150.0, "vllm": 250.0}[settings["side"]]
-        return {"settings": settings, "figures": {"tokens_per_second": rate, "start_seconds": 1.0}}
+        figures = {"tokens_per_second": rate, "tokens_per_round": tokens[settings["side"]]}
+        if settings["side"] == "vllm":
+            figures["tokens_per_second"] += 10 * settings["seed"]
+        return {"settings": settings, "figures": {**figures, "start_seconds": 1.0, "parameters": 7}}
 
     monkeypatch.setattr(sampling, "measured", measured)
-    said = list[str]()
-    result = sampling.compare(["1m", "100m"], {"batch": 4}, said.append)
-    assert [run["settings"]["shape"] for run in result["runs"]] == (["1m"] * 3 + ["100m"] * 3) * 2
-    assert [run["settings"]["workload"] for run in result["runs"]] == ["even"] * 6 + ["rollouts"] * 6
-    assert all(run["settings"]["batch"] == 4 for run in result["runs"])
-    assert result["figures"]["1m, even"]["ratio_to_transformers"] == {"torch": 1.5, "vllm": 2.5}
-    assert "| 100m, rollouts | vllm | 250 | 2.50 | 1.0 |" in list(sampling.table(result["figures"]))
-    assert len(said) == 12
+    return sampling.compare(["1m", "100m"], [1, 2, 5], {"batch": 4}, lambda line: None)
+
+
+def test_engines_are_compared_by_shape_workload_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = sampled(monkeypatch, {"transformers": 100, "torch": 104, "vllm": 96})
+    asked = [tuple(run["settings"][key] for key in ("workload", "seed", "shape", "side")) for run in result["runs"]]
+    assert asked == list(itertools.product(sampling.WORKLOADS, [1, 2, 5], ["1m", "100m"], sampling.SIDES))
+    assert all(run["settings"]["batch"] == 4 and run["circumstances"] for run in result["runs"])
+    ratio = result["figures"]["1m, even"]["ratio_to_transformers"]["vllm"]
+    assert ratio == {"median": 2.7, "least": 2.6, "most": 3.0, "n": 3}
+    rows = list(sampling.table(result["figures"]))
+    assert "| 100m, rollouts | vllm | 96 | 270 | 2.70 (2.60–3.00) | 1.0 |" in rows
+    assert "| 100m, rollouts | transformers | 100 | 100 | 1 | 1.0 |" in rows
     with pytest.raises(UserError, match="--shape 7b: there is no such shape"):
-        sampling.transfers(["7b"], {}, said.append)
+        sampling.transfers(["7b"], {}, print)
+
+
+def test_an_engine_that_made_other_work_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = sampled(monkeypatch, {"transformers": 100, "torch": 100, "vllm": 94})
+    assert list(result["figures"]["1m, even"]["ratio_to_transformers"]) == ["torch"]
+    rows = list(sampling.table(result["figures"]))
+    assert "| 1m, even | vllm | 94 | 270 | unequal | 1.0 |" in rows
+    problem = "1m, even, vllm, seed 5: tokens a round: transformers 100, vllm 94: the work is unequal"
+    assert any(row.startswith(problem) for row in rows)
 
 
 def test_an_asynchronous_run_in_a_slow_environment_tells_its_rate_its_ages_and_who_waited() -> None:
@@ -113,28 +139,47 @@ def test_an_asynchronous_run_in_a_slow_environment_tells_its_rate_its_ages_and_w
     figures = found["figures"]
     assert figures["age_max"] == 1 > figures["age_mean"] > 0
     assert figures["tokens_per_second"] > 0
+    assert 4 <= figures["completion_tokens_per_step"] <= 4 * 4
+    assert figures["trained_tokens_per_step"] <= figures["completion_tokens_per_step"]
+    assert figures["episode_seconds_per_step"] > 0
     assert all(0 <= figures[f"{who}_idle"] <= 1 for who in ("trainer", "engines"))
 
 
-def test_asynchronous_runs_are_compared_with_synchronous_ones_of_the_same_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def trained(monkeypatch: pytest.MonkeyPatch, **of_age_2: float) -> dict[str, Any]:
+    """The comparison of invented runs: age 2 has three or four times the tokens/s, and `of_age_2` besides."""
+
     def measured(module: str, settings: dict[str, Any]) -> dict[str, Any]:
         names = ("tokens_per_second", "step_seconds", "trainer_idle", "engines_idle", "age_mean", "age_max")
-        figures = {**dict.fromkeys((*names, "first_reward", "last_reward"), 0.5), "tokens_per_second": 100.0}
-        figures["tokens_per_second"] *= (1 + settings["age"]) * settings["seed"]
+        names += ("first_reward", "last_reward")
+        work = ("completion_tokens_per_step", "trained_tokens_per_step", "episode_seconds_per_step")
+        figures = {**dict.fromkeys(names, 0.5), **dict.fromkeys(work, 200.0), "tokens_per_second": 100.0}
+        if settings["age"]:
+            figures |= {"tokens_per_second": 100.0 * settings["seed"], **of_age_2}
         return {"settings": settings, "figures": figures}
 
     monkeypatch.setattr(asynchronous, "measured", measured)
-    result = asynchronous.compare([2], [1, 3], {"steps": 4}, lambda line: None)
-    assert [(run["settings"]["seed"], run["settings"]["age"]) for run in result["runs"]] == [
-        *((1, 0), (1, 2), (3, 0), (3, 2)),
-    ]
-    assert result["figures"]["age 2"]["tokens_per_second"] == 600
-    assert result["figures"]["age 2"]["ratio_to_synchronous"] == 3
-    assert "| age 2 | 600 | 3.00 | 0.50 | 50% | 50% | 0.50 | 0.50 to 0.50 |" in list(
-        asynchronous.table(result["figures"])
-    )
+    return asynchronous.compare([2], [3, 4], {"steps": 4}, lambda line: None)
+
+
+def test_asynchronous_runs_are_compared_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = trained(monkeypatch, completion_tokens_per_step=209.0)
+    runs = [(run["settings"]["seed"], run["settings"]["age"]) for run in result["runs"]]
+    assert runs == [(3, 0), (3, 2), (4, 0), (4, 2)]
+    assert all(run["circumstances"] for run in result["runs"])
+    figures = result["figures"]["age 2"]
+    assert figures["tokens_per_second"] == 350
+    assert figures["ratio_to_synchronous"] == {"median": 3.5, "least": 3, "most": 4, "n": 2}
+    assert figures["last_reward_by_seed"] == [0.5, 0.5]
+    rows = list(asynchronous.table(result["figures"]))
+    assert "| age 2 | 350 | 3.50 (3.00–4.00) | 0.50 | 50% | 50% | 0.50 | 0.50 to 0.50 |" in rows
+
+
+def test_an_age_that_made_other_work_gets_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = trained(monkeypatch, trained_tokens_per_step=150.0)
+    assert "ratio_to_synchronous" not in result["figures"]["age 2"]
+    rows = list(asynchronous.table(result["figures"]))
+    assert "| age 2 | 350 | unequal | 0.50 | 50% | 50% | 0.50 | 0.50 to 0.50 |" in rows
+    assert any(row.startswith("age 2, seed 4: trained tokens a step: age 0 200, age 2 150: ") for row in rows)
 
 
 def test_an_episode_takes_as_long_in_every_run_of_its_seed() -> None:
@@ -184,8 +229,8 @@ def test_the_driver_s_part_of_a_step_is_told_by_its_parts(tmp_path: Path) -> Non
     assert len(figures["all_step_ms"]) == 3
 
 
-def test_both_sides_start_from_one_model_and_every_phase_is_told(tmp_path: Path) -> None:
-    settings = side_by_side.Settings(("tiny",), (1,), 3, 2, 8, 16, 16, 4.0, threads=1)
+def test_both_sides_train_on_exactly_the_forced_lengths(tmp_path: Path) -> None:
+    settings = side_by_side.Settings(("tiny",), (1,), 3, 2, 8, 16, 16, 6.0, threads=1)
     trl = Path(TRL_PYTHON) if TRL_PYTHON else None
     affinity = os.sched_getaffinity(0)
     try:
@@ -200,34 +245,88 @@ def test_both_sides_start_from_one_model_and_every_phase_is_told(tmp_path: Path)
         assert figures["step"] >= figures["generation"] > 0
         assert figures["peak_memory_mib"] > 100
         assert set(side_by_side.PHASES) <= figures.keys()
+    asked = [sum(forced.lengths(1, step, 16, 6.0, 16)) for step in (1, 2, 3)]
+    assert min(asked) > 16 * 3
     for run in result["runs"]:
-        assert len(run["steps"]) == 3
-        assert all(16 <= step["completion_tokens"] <= 16 * 16 for step in run["steps"])
+        assert [step["completion_tokens"] for step in run["steps"]] == asked
+        assert [step["trained_tokens"] for step in run["steps"]] == asked
+        assert run["circumstances"]
     assert ("ratio" in result["figures"]["tiny"]) == bool(trl)
     header, _, *rows = side_by_side.table(result["figures"])
+    rows = [row for row in rows if row.startswith("|")]
     assert all(row.count("|") == header.count("|") for row in rows)
     assert len(rows) == len(sides) + bool(trl)
 
 
-def a_run(side: str, *seconds: float, reward: float = 0.5) -> dict[str, Any]:
-    """100 tokens in each step."""
+def a_run(side: str, seed: int, *seconds: float, tokens: float = 100.0, trained: float = 90.0) -> dict[str, Any]:
     steps = [
-        {"step": each, "generation": each / 2, "update": each / 4, "completion_tokens": 100.0, "reward_mean": reward}
+        {
+            "step": each,
+            "generation": each / 2,
+            "update": each / 4,
+            "completion_tokens": tokens,
+            "trained_tokens": trained,
+        }
         for each in seconds
     ]
     memory = {"peak_memory_mib": 400.0, "largest_process_mib": 200.0 if side == "trl" else 100.0}
-    return {"model": "tiny", "seed": 1, "side": side, "steps": steps, **memory}
+    return {"model": "tiny", "seed": seed, "side": side, "steps": steps, **memory}
 
 
-def test_a_comparison_leaves_out_the_first_step_and_divides_ours_by_theirs() -> None:
-    runs = [a_run("slurmkit", 99, 1, 1), a_run("trl", 50, 3, 5), a_run("slurmkit", 99, 2, 4, reward=0.7)]
+def test_a_comparison_leaves_out_the_first_step_and_divides_seed_by_seed() -> None:
+    ours = [a_run("slurmkit", 1, 99, 1, 1), a_run("slurmkit", 2, 99, 2, 4), a_run("slurmkit", 3, 99, 2, 2)]
+    theirs = [a_run("trl", 2, 50, 6, 6, tokens=104), a_run("trl", 1, 50, 3, 5), a_run("trl", 3, 50, 5, 5)]
+    figures = side_by_side.summary([*ours, *theirs])["tiny"]
+    assert figures["slurmkit"]["tokens_per_second"] == 50
+    assert figures["slurmkit"]["step"] == 2
+    assert figures["slurmkit"]["logprobs"] == 0
+    assert figures["trl"]["tokens_per_second"] == 20
+    assert figures["ratio"]["step"] == {"median": 0.4, "least": 0.25, "most": 0.5, "n": 3}
+    assert figures["ratio"]["tokens_per_second"] == pytest.approx(
+        {"median": 2.5, "least": 200 / 104, "most": 4, "n": 3}
+    )
+    assert figures["ratio"]["peak_memory_mib"]["median"] == 1
+    assert figures["ratio"]["largest_process_mib"]["median"] == 0.5
+    rows = list(side_by_side.table({"tiny": figures}))
+    assert any(row.startswith("| tiny | ratio |") and "2.50 (1.92–4.00)" in row for row in rows)
+
+
+@pytest.mark.parametrize("other", [{"tokens": 106.0}, {"trained": 80.0}])
+def test_sides_that_made_other_work_get_no_ratio(other: dict[str, float]) -> None:
+    runs = [
+        a_run("slurmkit", 1, 9, 1),
+        a_run("trl", 1, 9, 3),
+        a_run("slurmkit", 2, 9, 1),
+        a_run("trl", 2, 9, 3, **other),
+    ]
     figures = side_by_side.summary(runs)["tiny"]
-    assert figures["slurmkit"]["tokens_per_second"] == 400 / 8
-    assert figures["slurmkit"]["step"] == 2.0
-    assert figures["slurmkit"]["logprobs"] == 0.0
-    assert figures["slurmkit"]["last_reward"] == pytest.approx(0.6)
-    assert figures["trl"]["tokens_per_second"] == 200 / 8
-    assert figures["ratio"] == {"tokens_per_second": 2, "step": 0.5, "peak_memory_mib": 1, "largest_process_mib": 0.5}
+    assert "ratio" not in figures
+    (problem,) = figures["unequal"]
+    name = "completion tokens a step: slurmkit 100, trl 106" if "tokens" in other else "slurmkit 90, trl 80"
+    assert problem.startswith("seed 2: ")
+    assert name in problem
+    rows = list(side_by_side.table({"tiny": figures}))
+    assert any(row.startswith("| tiny | unequal |") for row in rows)
+    assert rows[-1] == f"tiny, {problem}: the work is unequal, so there is no ratio."
+
+
+def test_work_is_equal_within_five_percent_and_never_if_there_is_none() -> None:
+    def difference(one: float, other: float) -> str:
+        return equal_work.difference({"a": {"tokens": one}, "b": {"tokens": other}})
+
+    assert difference(100, 105) == difference(105, 100) == ""
+    assert difference(2915, 6283) == "tokens: a 2,915, b 6,283"
+    assert difference(100, 105.1)
+    assert difference(0, 0) == "tokens: a 0, b 0"
+
+
+def test_forced_lengths_follow_from_the_seed_and_the_step() -> None:
+    lengths = forced.lengths(1, 1, 1000, 30.0, 128)
+    assert lengths == forced.lengths(1, 1, 1000, 30.0, 128)
+    assert lengths[:128] == forced.lengths(1, 1, 128, 30.0, 128)
+    assert lengths != forced.lengths(1, 2, 1000, 30.0, 128) != forced.lengths(2, 1, 1000, 30.0, 128)
+    assert (min(lengths), max(lengths)) == (1, 128)
+    assert 27 < sum(lengths) / 1000 < 31
 
 
 def test_a_tree_s_memory_holds_that_of_grandchildren() -> None:
@@ -259,7 +358,7 @@ def test_a_figure_is_called_worse_beyond_one_percent_of_memory_or_fifteen_of_thr
     [
         (
             ["--fake-data", "--shape", "qwen3"],
-            "--shape qwen3: there is no such shape; there are tiny, 0.4m, 1m, small",
+            "--shape qwen3: there is no such shape; there are tiny, 0.4m, 1m, 20m, small",
         ),
         (["--fake-data", "--seq-length", "10", "--sequences", "3"], "--seq-length 10 cannot be 3 equal sequences"),
         (["--fake-data", "--vocab-sizes", "512"], "--vocab-sizes 512: give two or more"),
