@@ -1,4 +1,4 @@
-"""Parts of soak.py and faults.py: a development cluster, what can be done to it, and what a run is seen to do."""
+"""Parts of the programs of this folder: a development cluster, faults that it can have, and a run that is watched."""
 
 from __future__ import annotations
 
@@ -108,13 +108,30 @@ class Cluster:
             raise RuntimeError(f"devcluster {command} failed: {done.stdout}{done.stderr}")
 
 
+def shared_folders() -> list[Path]:
+    """Return what lies in /tmp and jobs need: of /tmp, a node sees only its own, and what is shared with it."""
+    needed = dict.fromkeys([REPOSITORY, Path(sys.prefix), Path(sys.base_prefix)])
+    return [path for path in needed if path.is_relative_to("/tmp")]
+
+
+def check_environment() -> None:
+    """Exit with a message if the environment of this Python lacks a program that the jobs need."""
+    for program in (SLURMKIT, SLURMKIT.with_name("ray")):
+        if not program.exists():
+            sys.exit(
+                f"error: there is no {program}. Start this program with the Python of an environment that holds "
+                "slurmkit and ray (sudo needs its full path, such as sudo .venv/bin/python)."
+            )
+
+
 @contextmanager
 def cluster_of(nodes: int, kind: str) -> Iterator[Cluster]:
-    """A cluster of its own; gone afterwards, also when this program is told to end."""
+    """Start a cluster of its own. It is removed afterwards, also if this program gets SIGTERM."""
+    check_environment()
     cluster = Cluster(f"{kind}{os.getpid()}", nodes)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    shared = {path for path in (REPOSITORY, Path(sys.prefix)) if path.is_relative_to("/tmp")}
-    cluster.devcluster("up", "--nodes", str(nodes), *(word for path in shared for word in ("--shared", path)))
+    shared = [word for path in shared_folders() for word in ("--shared", path)]
+    cluster.devcluster("up", "--nodes", str(nodes), *shared)
     try:
         yield cluster
     finally:

@@ -145,7 +145,7 @@ def go_through(rows: list[Row], run: Run, found: dict[str, list[Effect]]) -> Non
 
 
 def table(rows: list[Row], found: dict[str, list[Effect]]) -> str:
-    """Markdown; medians, in seconds."""
+    """Return Markdown: medians with the least and the most, in seconds."""
     lines = [
         "| event | noticed | job ended | next attempt trains | steps lost | ray.sub |",
         "|---|---|---|---|---|---|",
@@ -160,7 +160,10 @@ def table(rows: list[Row], found: dict[str, list[Effect]]) -> str:
 
 
 def shown(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g}" if values else "–"
+    if not values:
+        return "–"
+    least, middle, most = (f"{value:.3g}" for value in (min(values), statistics.median(values), max(values)))
+    return middle if least == most else f"{middle} ({least}–{most})"
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ seconds for a sweep of 1,000 jobs, and requests to the controller per job for se
 Every program is installed by pip into an environment of its own and takes its turn in every round, so that other load
 meets all alike; NeMo-Run replaces torchx's schedulers, so they cannot share one. A submission is the shortest job that
 the program can submit, to a partition that is down: no job starts. `files` is with a site's and a project's file.
+A submission must put one job of one node into the queue, which is looked at after each. A program that puts anything
+else there gets no ratio.
 
     sudo python benchmarks/launcher.py [--repeat 20] [--nodes 1 2 4 8] [--json FILE]
 
@@ -25,8 +27,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
+from _faults import REPOSITORY, cluster_of
+
+from slurmkit.bench import equal_work
+
 PACKAGES = {
     "slurmkit": [str(REPOSITORY)],
     "submitit": ["submitit==1.5.4"],
@@ -35,6 +39,7 @@ PACKAGES = {
     "nemo-run": ["nemo-run==0.11.1", "leptonai==0.27.0"],
 }
 PARTITION = "high"  # devcluster has it beside the default one
+SUBMITTERS = ("sbatch", "slurmkit submit", "slurmkit submit, files", "submitit", "torchx", "NeMo-Run")
 SUBMITIT = f"""\
 import submitit
 executor = submitit.AutoExecutor(folder="submitit", cluster="slurm")
@@ -129,9 +134,13 @@ def commands(bins: dict[str, Path]) -> dict[str, Callable[[], list[str]]]:
     }
 
 
-def in_turns(rows: dict[str, Callable[[], list[str]]], repeat: int, here: Path) -> dict[str, list[float]]:
-    """Milliseconds of each run of each command, after one round that warms files up."""
+def in_turns(
+    rows: dict[str, Callable[[], list[str]]], repeat: int, here: Path
+) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Return milliseconds of each run of each command, after a round that warms files up, and what submissions queued
+    if that is not one job of one node."""
     taken: dict[str, list[float]] = {name: [] for name in rows}
+    unequal: dict[str, list[str]] = {}
     for turn in range(repeat + 1):
         for name, command in rows.items():
             line = command()
@@ -140,10 +149,14 @@ def in_turns(rows: dict[str, Callable[[], list[str]]], repeat: int, here: Path) 
             ended = time.perf_counter()
             if done.returncode:
                 sys.exit(f"{shlex.join(line)} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+            queued = _output("squeue", "--noheader", "--array", f"--partition={PARTITION}", "--format=%D").split()
+            if queued != (["1"] if name in SUBMITTERS else []):
+                unequal.setdefault(name, []).append(f"queued {len(queued)} jobs of {', '.join(queued)} nodes")
+            if queued:
+                subprocess.run(["scancel", f"--partition={PARTITION}", "--state=PENDING"], check=True)
             if turn:
                 taken[name].append((ended - began) * 1000)
-        subprocess.run(["scancel", f"--partition={PARTITION}", "--state=PENDING"], check=True)
-    return taken
+    return taken, unequal
 
 
 def sweep_seconds(python: Path, here: Path, repeat: int = 3) -> dict[str, float]:
@@ -199,12 +212,19 @@ def measure(options: argparse.Namespace, here: Path) -> dict[str, object]:
     os.environ |= {"SLURMKIT_SITE": "", "NEMORUN_HOME": str(here / "nemo")}
     subprocess.run(["scontrol", "update", f"PartitionName={PARTITION}", "State=DOWN"], check=True)
 
-    taken = in_turns(commands(bins), options.repeat, here)
+    taken, unequal = in_turns(commands(bins), options.repeat, here)
     median = {name: statistics.median(each) for name, each in taken.items()}
-    print(f"\n{'milliseconds':<28}{'median':>9}{'least':>9}{'÷ slurmkit submit':>20}")
+    ratios = {
+        name: equal_work.ratios(taken[name], taken["slurmkit submit"])
+        for name in SUBMITTERS
+        if name not in unequal and "slurmkit submit" not in unequal
+    }
+    print(f"\n{'milliseconds':<28}{'median':>9}{'least':>9}{'most':>9}{'÷ slurmkit submit':>24}")
     for name in sorted(median, key=median.__getitem__):
-        ratio = median[name] / median["slurmkit submit"]
-        print(f"{name:<28}{median[name]:9.1f}{min(taken[name]):9.1f}{ratio:20.2f}")
+        ratio = equal_work.shown(ratios[name]) if name in ratios else "unequal" if name in SUBMITTERS else ""
+        print(f"{name:<28}{median[name]:9.1f}{min(taken[name]):9.1f}{max(taken[name]):9.1f}{ratio:>24}")
+    for name, problems in unequal.items():
+        print(f"{name}: {problems[0]} ({len(problems)} times), not one job of one node: there is no ratio")
     for name in ("slurmkit submit", "slurmkit submit, files"):
         above = [mine - bare for mine, bare in zip(taken[name], taken["sbatch"], strict=True)]
         print(f"{name.removeprefix('slurmkit ') + ' above sbatch':<28}{statistics.median(above):9.1f}{min(above):9.1f}")
@@ -218,7 +238,14 @@ def measure(options: argparse.Namespace, here: Path) -> dict[str, object]:
     counts = {nodes: requests(bins["slurmkit"] / "slurmkit", nodes, here) for nodes in options.nodes}
     for nodes, kinds in counts.items():
         print(f"{sum(kinds.values()):3d} requests to the controller for a job of {nodes} nodes", flush=True)
-    return {"milliseconds": taken, "median": median, "sweep_seconds": seconds, "requests": counts}
+    return {
+        "milliseconds": taken,
+        "median": median,
+        "ratios": ratios,
+        "unequal": unequal,
+        "sweep_seconds": seconds,
+        "requests": counts,
+    }
 
 
 def main() -> None:
@@ -228,15 +255,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/slurmkit-bench").expanduser())
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure here")
     options = parser.parse_args()
-    cluster = ["--name", f"bench{os.getpid()}"]
-    shared = ["--shared", str(REPOSITORY)] if REPOSITORY.is_relative_to("/tmp") else []
-    subprocess.run([DEVCLUSTER, "up", *cluster, "--nodes", str(max([1, *options.nodes])), *shared], check=True)
-    try:
-        os.environ["SLURM_CONF"] = re.sub(r".*SLURM_CONF=", "", _output(str(DEVCLUSTER), "env", *cluster)).strip()
-        with tempfile.TemporaryDirectory(dir="/var/tmp") as here:
-            figures = measure(options, Path(here))
-    finally:
-        subprocess.run([DEVCLUSTER, "down", *cluster], check=True)
+    load = os.getloadavg()[0]
+    with (
+        cluster_of(max([1, *options.nodes]), "bench") as cluster,
+        tempfile.TemporaryDirectory(dir="/var/tmp") as here,
+    ):
+        os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+        figures = {"load_average": load, **measure(options, Path(here))}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
