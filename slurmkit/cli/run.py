@@ -12,9 +12,7 @@ import click
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.errors import INTERRUPTED
 from slurmkit.job.settle import settle
-from slurmkit.run.leftovers import find
 from slurmkit.run.local import run_here
-from slurmkit.slurm.command import active_jobs
 
 _TAIL = 30
 
@@ -33,14 +31,10 @@ def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -
     settled = settle(request, Path.cwd())
     secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase
     run_dir = Path(settled.spec.run_dir)
-    left = find(active_jobs)
-    if left.processes or left.paths:
-        what = f"{len(left.processes)} processes, {len(left.paths)} files and folders"
-        click.echo(f"note: dead runs of yours left {what} on this machine: slurmkit cleanup", err=True)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"run directory  {run_dir}", markup=False)
     with RunProgress(run_dir, console) as progress:
-        code = run_here(settled, secrets, left, progress.update, lambda line: console.print(line, markup=False))
+        code = run_here(settled, secrets, progress.update, lambda line: console.print(line, markup=False))
     log = run_dir / "attempts/latest/driver.log"
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]

@@ -53,6 +53,9 @@ def ray_connection() -> Iterator[Path]:
     # Short, as Ray puts Unix sockets below it and their paths may have 107 characters at most. Ray opens its folder
     # to everybody, so it gets one inside a folder that is ours alone.
     folder = tempfile.mkdtemp(prefix="slurmkit-", dir="/tmp")
+    # run/leftovers.py removes the folder if this process is killed.
+    if mark := os.environ.get("SK_MARK"):
+        Path(folder, "mark").write_text(f"{mark} {os.readlink('/proc/self/ns/pid')}")
     try:
         # "local" never joins a Ray that somebody else runs on this machine.
         with _keeping_signals():

@@ -15,7 +15,8 @@ from time import sleep
 from typing import Any
 
 import pytest
-from driver import TINY, Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
+from driver import TINY, Run, all_end, does, ended, last_logged, processes_of, run, start, titled, until, without_times
+from parts import SLURMKIT
 from tiny import make_tiny_model, tiny_config
 from wandb_files import records
 
@@ -127,6 +128,22 @@ def test_a_run_that_was_killed_again_and_again_has_the_numbers_of_one_that_was_n
     assert manifests[0]["model/model.safetensors"] == manifests[1]["model/model.safetensors"]
     assert not list(folder.glob(".*"))
     assert {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")} == {run_id}
+
+
+def test_slurmkit_run_ends_its_training_when_killed_and_resumes_at_once(whole: Run, tmp_path: Path) -> None:
+    command = [SLURMKIT, "run", "--config", TINY, "--name", "x"]
+    folder = tmp_path / "results/x"
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: last_logged(folder) >= 4, first)
+    training = processes_of(first)
+    assert any(each.name() == "raylet" for each in training)
+    os.killpg(first.pid, signal.SIGKILL)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    all_end(training, seconds=0)
+    assert again.returncode == 0, again.stderr
+    assert "waiting up to 60 s until its processes have ended" in again.stdout
+    assert "going on after step 3" in (folder / "attempts/local-2/driver.log").read_text()
+    assert without_times(folder) == without_times(whole.folder)
 
 
 def logged(folder: Path, step: int) -> dict[str, Any]:

@@ -7,11 +7,17 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
 from parts import SLURMKIT
+
+from slurmkit.errors import UserError
+from slurmkit.run import local
+from slurmkit.run.leftovers import own_mark
 
 
 def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,3 +107,59 @@ def test_two_runs_at_once_do_not_share_a_directory(here: Path) -> None:
     finally:
         first.send_signal(signal.SIGINT)
         first.wait(30)
+
+
+# One process that leaves when asked, one that does not, and one without the run's environment, as Ray's agents are.
+STUBBORN = """
+(trap '' TERM; sleep 301) & echo $! >pids
+env -i sleep 302 & echo $! >>pids
+echo $$ >>pids
+mkdir "$FOLDER"; echo "$SK_MARK $(readlink /proc/self/ns/pid)" >"$FOLDER/mark"
+mv pids started; sleep 303
+"""
+
+
+@pytest.mark.parametrize("kill", [os.killpg, os.kill])
+def test_a_killed_run_s_command_ends_and_the_next_one_waits_for_that(
+    here: Path, kill: Callable[[int, int], None]
+) -> None:
+    folder = Path(f"/tmp/slurmkit-test-{os.getpid()}")
+    command = [SLURMKIT, "run", "--name", "x", "--", "bash", "-c", f"[ -e started ] || {{ {STUBBORN} }}"]
+    first = subprocess.Popen(command, cwd=here, env={**os.environ, "FOLDER": str(folder)}, start_new_session=True)
+    wait_for(here / "started")
+    kill(first.pid, signal.SIGKILL)
+    assert first.wait(10) == -signal.SIGKILL
+    pids = [int(line) for line in (here / "started").read_text().split()]
+    assert any(map(psutil.pid_exists, pids))
+    again = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60)
+    left = [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert left == []
+    assert not folder.exists()
+    assert again.returncode == 0, again.stderr
+    assert "the last attempt was killed: waiting up to 60 s until its processes have ended" in again.stdout
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> TextIO:
+    (tmp_path / "attempts").mkdir()
+    return (tmp_path / "attempts" / ".lock").open("a+")
+
+
+def test_a_run_is_refused_when_a_killed_one_s_processes_stay(
+    tmp_path: Path, lock: TextIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_PATIENCE", 0.2)
+    pid, _, start = own_mark().removeprefix("local-").partition(".")
+    dead = {"SK_MARK": f"local-{pid}.{int(start) - 1}", "SK_ATTEMPT_DIR": str(tmp_path / "attempts/local-1")}
+    said: list[str] = []
+    process = subprocess.Popen(["sleep", "60"], env={**os.environ, **dead}, start_new_session=True)
+    try:
+        with pytest.raises(UserError) as refused:
+            local._wait_until_free(tmp_path, lock, said.append)
+    finally:
+        process.kill()
+        process.wait()
+    assert f"still at work here after 0.2 s: sleep 60 ({process.pid}). End them: slurmkit cleanup" in str(refused.value)
+    assert len(said) == 1
+    local._wait_until_free(tmp_path, lock, said.append)
+    assert len(said) == 1
