@@ -13,8 +13,9 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from slurmkit.config.section import BeforeValidator, Section, model_serializer, model_validator
+from slurmkit.config.section import AfterValidator, BeforeValidator, Section, model_serializer, model_validator
 from slurmkit.errors import UserError
+from slurmkit.job.reserved import reserved
 
 # Seconds that a command may take: somebody may have to find a passphrase, or the key to touch.
 _DEADLINE = 60.0
@@ -133,12 +134,18 @@ def _named(value: Any) -> Any:
             raise ValueError("must name environment variables, and holds what looks like a secret itself")
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name an environment variable")
-        if name.startswith(("SLURM", "SBATCH_", "SK_")) or name in ("PATH", "HOME", "LD_PRELOAD", "BASH_ENV"):
-            raise ValueError(f"{name} cannot be a secret: Slurm, slurmkit or the shell sets it or acts on it")
     return mapping
 
 
-Secrets = Annotated[dict[str, SecretSource], BeforeValidator(_named)]
+def _free(name: str) -> str:
+    if reason := reserved(name):
+        raise ValueError(f"cannot be a secret: {name} {reason}")
+    if name in ("HOME", "LD_PRELOAD"):
+        raise ValueError("cannot be a secret: every program acts on it; set it under env")
+    return name
+
+
+Secrets = Annotated[dict[Annotated[str, AfterValidator(_free)], SecretSource], BeforeValidator(_named)]
 """A field's type: NAME -> source, or a plain list of names that are all taken from the submitting environment."""
 
 

@@ -7,6 +7,7 @@ import shlex
 from typing import Annotated
 
 from slurmkit.config.section import AfterValidator, BeforeValidator
+from slurmkit.job.reserved import reserved
 from slurmkit.job.secrets import no_secret
 
 # A name is also a folder's name and a word in file patterns, so it is kept plain.
@@ -129,8 +130,8 @@ def _interpreter(value: str) -> str:
 def _environment_name(name: str) -> str:
     if not _ENVIRONMENT_NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name an environment variable")
-    if name.startswith(("SLURM", "SBATCH_", "SK_")):
-        raise ValueError(f"belongs to {'slurmkit' if name.startswith('SK_') else 'Slurm'} and cannot be set")
+    if reason := reserved(name):
+        raise ValueError(f"cannot be set: {name} {reason}")
     return name
 
 

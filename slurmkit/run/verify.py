@@ -16,7 +16,7 @@ from slurmkit.job.render import digest_of_spec
 from slurmkit.run.directory import RunDirectory
 from slurmkit.slurm.client import SlurmClient
 
-_RUN_DIR = re.compile(r"^run_dir=(.+)$", re.MULTILINE)
+_RUN_DIR = re.compile(r"^(?:sk_)?run_dir=(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

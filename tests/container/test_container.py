@@ -29,12 +29,12 @@ def spec(container: dict[str, Any], **keys: Any) -> JobSpec:
 
 
 def words(job: JobSpec) -> list[str]:
-    """The array `container` as bash makes it from the rendered script."""
+    """The array `sk_container` as bash makes it from the rendered script."""
     script = render(job)
     start = script.index("\n", script.index("step+=(--cpus-per-task"))
-    part = script[start : script.index('"${step[@]}" "${container[@]}"')]
+    part = script[start : script.index('"${sk_step[@]}" "${sk_container[@]}"')]
     done = subprocess.run(
-        ["bash", "-c", f"set -euo pipefail; SK_A=1; RAY_B=2\n{part}\nprintf '%s\\0' \"${{container[@]}}\""],
+        ["bash", "-c", f"set -euo pipefail; SK_A=1; RAY_B=2\n{part}\nprintf '%s\\0' \"${{sk_container[@]}}\""],
         env={"PATH": os.environ["PATH"], "HOME": "/home/me"},
         check=True,
         capture_output=True,
@@ -150,7 +150,7 @@ def test_an_interpreter_s_folder_is_put_before_the_image_s_path_only_when_it_has
     container = {"runtime": runtime, "image": IMAGES[runtime]}
     assert "export PATH=" not in render(spec(container))
     script = render(spec(container, python="/opt/venv/bin/python"))
-    assert script.index("node_main() {") < script.index('export PATH=/opt/venv/bin:"$PATH"')
+    assert script.index("sk_node_main() {") < script.index('export PATH=/opt/venv/bin:"$PATH"')
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,6 @@ def test_what_is_not_there_is_found_on_the_submitting_host(tmp_path: Path, monke
 
 def test_a_runtime_of_a_site_s_own_is_a_template_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "container").mkdir()
-    (tmp_path / "container/ours.sh.j2").write_text("container=(ours {{ spec.container.image }})\n")
+    (tmp_path / "container/ours.sh.j2").write_text("sk_container=(ours {{ spec.container.image }})\n")
     job = spec({"runtime": "ours", "image": "an image's".replace(" ", "-")})
-    assert "container=(ours 'an-image'\"'\"'s')" in render(job, (tmp_path,))
+    assert "sk_container=(ours 'an-image'\"'\"'s')" in render(job, (tmp_path,))

@@ -28,7 +28,7 @@ def test_the_run_file_renders_for_its_container_without_a_secret(
         "#SBATCH --nodes=2",
         "#SBATCH --gres=gpu:8",
         "#SBATCH --chdir=/shared/RL",
-        "container=(--container-image=/images/nemo-rl.sqsh ",
+        "sk_container=(--container-image=/images/nemo-rl.sqsh ",
     ):
         assert f"\n{line}" in script
     assert "canary" not in script

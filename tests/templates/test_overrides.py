@@ -85,8 +85,8 @@ def test_a_site_replaces_one_included_file_and_may_ask_for_ours(site: Path) -> N
 def test_a_new_file_in_container_is_a_new_runtime(site: Path) -> None:
     keys = {"container": {"runtime": "shifter", "image": "/images/train"}}
     assert "has no template container/shifter.sh.j2; there are " in refusal(**keys)
-    write(site, "container=(shifter --image={{ spec.container.image }})\n", "container/shifter.sh.j2")
-    assert "container=(shifter --image=/images/train)" in render(spec(**keys), (site,))
+    write(site, "sk_container=(shifter --image={{ spec.container.image }})\n", "container/shifter.sh.j2")
+    assert "sk_container=(shifter --image=/images/train)" in render(spec(**keys), (site,))
 
 
 # How a template may put out a value, with the text that bash must read from it.

@@ -33,12 +33,12 @@ BAD = {
         epilogue="echo done",
     ),
     "four others": blocks(
-        environment='{{ super() }}\nset +e\neval "echo \\"$run_dir\\""',
-        modules="setup_node() { :; }",
+        environment='{{ super() }}\nset +e\neval "echo \\"$sk_run_dir\\""',
+        modules="sk_setup_node() { :; }",
         launch='{{ super() | replace("TERM INT", "INT") | replace("signal.USR2", "other") }}',
     ),
     "a trace": blocks(command="{{ super() }}\nset -x"),
-    "no quotes": blocks(command='{{ super() }}\ncommand=({{ spec.command | join(" ") | raw }})'),
+    "no quotes": blocks(command='{{ super() }}\nsk_command=({{ spec.command | join(" ") | raw }})'),
     "an open if": blocks(modules="{{ super() }}\nif true; then"),
     "a runtime": {"container/none.sh.j2": "# nothing\n"},
     "a value that not all jobs have": blocks(command="{{ super() }}\ntime={{ spec.time }}"),
@@ -59,7 +59,7 @@ SAID = [
     ("a trace", "command", "the shell prints every value from 'set -x' on", "succeeds"),
     ("no quotes", "command", "bash -n: syntax error", "hostile values"),
     ("an open if", "modules", "bash -n: syntax error", ""),
-    ("a runtime", "launch", "shellcheck: SC2154: container is referenced but not assigned", ""),
+    ("a runtime", "launch", "shellcheck: SC2154: sk_container is referenced but not assigned", ""),
     ("a value that not all jobs have", None, "the template cannot be rendered: a template puts out None", "one node"),
 ]
 GOOD = {
@@ -70,7 +70,7 @@ GOOD = {
         "{% block environment %}\n{{ super() }}\nexport NCCL_DEBUG=WARN\n{% endblock %}\n"
         "{% block modules %}\n{{ super() }}\ncommand -v nvidia-smi >/dev/null || true\n{% endblock %}\n"
         "{% block epilogue %}\ndate\n{{ super() }}\n{% endblock %}\n",
-        "container/none.sh.j2": "container=(nice -n 1)  # kinder to the others\n",
+        "container/none.sh.j2": "sk_container=(nice -n 1)  # kinder to the others\n",
     },
 }
 
@@ -149,8 +149,8 @@ def test_a_traced_rendering_is_the_rendering_and_knows_where_each_line_comes_fro
     for text, file, inside in (
         ('export PATH=/usr/bin:"$PATH"', JOB, "environment"),
         ("set -euo pipefail", JOB, ""),
-        ("container=()  # straight on the node", "container/none.sh.j2", "launch"),
-        ('exit "$code"', JOB, "epilogue"),
+        ("sk_container=()  # straight on the node", "container/none.sh.j2", "launch"),
+        ('exit "$sk_code"', JOB, "epilogue"),
     ):
         place = traced.place(lines.index(text) + 1)
         assert place[0].endswith(f"templates/{file}")

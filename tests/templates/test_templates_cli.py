@@ -29,11 +29,11 @@ def below(tmp_path: Path) -> Path:
     (site / "templates" / "container").mkdir(parents=True)
     (site / "site.yaml").write_text("templates: templates\nrequire: [account]\n")
     (site / "templates" / "job.sbatch.j2").write_text(SITE)
-    (site / "templates" / "container" / "shifter.sh.j2").write_text("container=(shifter)\n")
+    (site / "templates" / "container" / "shifter.sh.j2").write_text("sk_container=(shifter)\n")
     (project / "ours" / "container").mkdir(parents=True)
     (project / "below").mkdir()
     (project / "slurmkit.yaml").write_text("profiles: {mine: {templates: ours}}\n")
-    (project / "ours" / "container" / "none.sh.j2").write_text("container=(nice)\n")
+    (project / "ours" / "container" / "none.sh.j2").write_text("sk_container=(nice)\n")
     return project / "below"
 
 
@@ -72,8 +72,8 @@ def test_diff_shows_the_blocks_that_an_override_changes_and_whole_files_else(bel
         f"--- {PACKAGED}/container/none.sh.j2",
         f"+++ {below.parent}/ours/container/none.sh.j2",
         "@@ -1 +1 @@",
-        "-container=()  # straight on the node",
-        "+container=(nice)",
+        "-sk_container=()  # straight on the node",
+        "+sk_container=(nice)",
         f"--- {PACKAGED}/job.sbatch.j2 block directives",
         f"+++ {site}/job.sbatch.j2 block directives",
         "@@ -2,3 +2,4 @@",
@@ -82,7 +82,7 @@ def test_diff_shows_the_blocks_that_an_override_changes_and_whole_files_else(bel
         " {% endfor %}",
         "+#SBATCH --nice=5",
     ]
-    assert "+container=(shifter)" in templates(below, "diff", "container/shifter.sh.j2").stdout
+    assert "+sk_container=(shifter)" in templates(below, "diff", "container/shifter.sh.j2").stdout
     none = templates(below, "diff", "--templates", str(below))
     assert "+#SBATCH --nice=5" in none.stdout, "the site's remain"
 
