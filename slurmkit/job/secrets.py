@@ -163,7 +163,7 @@ def kind_of_token(text: str) -> str | None:
 def no_secret_name(name: str) -> str:
     """A validator: a variable whose value the script would hold, and whose name says that it is a secret."""
     if looks_secret(name):
-        raise ValueError(f"{name} looks like a secret, {_instead(name)}; on the command line, --set secrets.{name}=env")
+        raise ValueError(f"{name} looks like a secret, {_instead(name)}; on the command line, --secret {name}")
     return name
 
 

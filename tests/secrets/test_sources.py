@@ -213,7 +213,7 @@ def test_a_wrong_source_is_refused_and_a_value_in_its_place_is_not_repeated(data
 )
 def test_names_that_hold_secrets_are_refused_under_env_with_the_right_form(name: str) -> None:
     assert looks_secret(name)
-    with pytest.raises(ValueError, match=f"`{name}: env`, or .*--set secrets.{name}=env"):
+    with pytest.raises(ValueError, match=f"`{name}: env`, or .*--secret {name}"):
         no_secret_name(name)
 
 
