@@ -28,7 +28,7 @@ class Checkpointing(Section):
     enabled: bool = True
     """Save checkpoints. Metrics and plots are always written."""
     checkpoint_dir: str = "results/grpo"
-    """The run directory: step_N/, metrics.jsonl, plots/, wandb/, model/. On a disk that all nodes share."""
+    """The run directory: step_N/, model/, and the logs unless logger.log_dir is set. On a disk that all nodes share."""
     metric_name: str | None = "val:accuracy"
     """Which checkpoints are best: any metric of docs/metrics.md that the run computes, and that is computed before a
     save; null keeps the latest keep_top_k."""
@@ -76,6 +76,9 @@ class Wandb(Section):
 
 
 class Logger(Section):
+    log_dir: str | None = None
+    """Folder of metrics.jsonl, plots/, samples/, validation/, wandb/ and tensorboard/, one for each run; the run
+    directory then has links to them. null is the run directory itself."""
     wandb_enabled: bool = False
     """Log to Weights & Biases as well; metrics.jsonl is always written."""
     wandb: Wandb = Wandb()

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from slurmkit.config.log_dir import METRICS
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import Failure
 from slurmkit.grpo.interrupt import Interrupted
@@ -35,7 +36,8 @@ class RunLog:
 
     def __init__(self, run_directory: Path, config: TrainConfig, *, last_step: int, resume_after: int | None) -> None:
         """`resume_after`: the step of the run's own checkpoint that it goes on from, None for a fresh file."""
-        self._path = run_directory / "metrics.jsonl"
+        # Resolved, as it may be a link into logger.log_dir, and replacing the link would leave that file behind.
+        self._path = (run_directory / METRICS).resolve()
         self._last_step = last_step
         if resume_after is None:
             self._path.write_bytes(b"")

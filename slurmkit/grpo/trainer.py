@@ -13,6 +13,7 @@ from operator import add
 from pathlib import Path
 from typing import NoReturn
 
+from slurmkit.config.log_dir import link_logs, problem_with
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Domain, Task
@@ -55,6 +56,9 @@ async def train(
     """
     started = time.monotonic()
     run_directory = Path(config.checkpointing.checkpoint_dir).absolute()
+    log_dir = Path(config.logger.log_dir).absolute() if config.logger.log_dir is not None else None
+    if log_dir is not None and (problem := problem_with(run_directory, log_dir)):
+        raise UserError(f"logger.log_dir {log_dir}: {problem}")
     domain = make_domain(config)
     epochs = config.grpo.max_num_epochs
     last_step = min(config.grpo.max_num_steps, epochs * len(domain.train_tasks) // config.grpo.tasks_per_batch)
@@ -109,6 +113,8 @@ async def train(
         await turns.begin()
         is_own = checkpoint is not None and checkpoint.parent == run_directory
         resume_after = state.step if is_own else None
+        if log_dir is not None:
+            link_logs(run_directory, log_dir)
         log = stack.enter_context(RunLog(run_directory, config, last_step=last_step, resume_after=resume_after))
         plots = await stack.enter_async_context(Plots(run_directory))
         saving = Saver(checkpoints, policy, chat, config, saved=checkpoint, started=started)

@@ -66,6 +66,8 @@ def settle_training(
     for sources in (settled.data["data"]["train"], settled.data["data"]["validation"]):
         for each in sources if isinstance(sources, tuple) else (sources,):
             each["data_path"] = _place(DataSource.model_construct(**each), job) or each["data_path"]
+    if train.logger.log_dir is not None:
+        settled.data["logger"]["log_dir"] = absolute(train.logger.log_dir, Path(job.workdir))
     if (resume := train.checkpointing.resume) not in _NO_PATH:
         settled.data["checkpointing"]["resume"] = absolute(resume, Path(job.workdir))
     train = validate(TrainConfig, settled)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from slurmkit.config.log_dir import problem_with
 from slurmkit.job.container import missing_parts
 from slurmkit.job.settle import Settled
 from slurmkit.job.spec import JobSpec
@@ -36,7 +37,7 @@ class Remark(NamedTuple):
 def look(settled: Settled) -> list[Remark]:
     """Everything that can be told before Slurm is asked. Changes nothing on disk."""
     checks = (_workdir, _interpreter, _container, _shared, _run_directory, _program, _time)
-    of_training = () if settled.train is None else (_gpus, _model, _resume, _tasks, _wandb)
+    of_training = () if settled.train is None else (_gpus, _model, _resume, _log_dir, _tasks, _wandb)
     return [remark for check in (*checks, *of_training) for remark in check(settled)]
 
 
@@ -242,6 +243,25 @@ def _resume(settled: Settled) -> Iterator[Remark]:
             f"{_configured(settled, key, 'never')}: {settled.spec.run_dir} holds {', '.join(there)}, which starting "
             "anew would overwrite: give another --name, remove them, or go on with auto"
         )
+
+
+def _log_dir(settled: Settled) -> Iterator[Remark]:
+    path, spec = settled.train.logger.log_dir if settled.train else None, settled.spec
+    if path is None:
+        return
+    said = _configured(settled, "logger.log_dir", path)
+    if _is_inside(settled):
+        mounts = spec.container.binds(spec.run_dir, spec.workdir)
+        if not any(Path(path).is_relative_to(mount.target) and not mount.read_only for mount in mounts):
+            yield Remark(f"{said} is not in the container: add it to container.mounts, with the same path inside")
+        return
+    if problem := problem_with(Path(spec.run_dir), Path(path)):
+        yield Remark(f"{said}: {problem}")
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+        what = "not writable" if os.path.isdir(path) else "not a folder"
+        yield Remark(f"{said}: {path} is {what}")
 
 
 def _tasks(settled: Settled) -> Iterator[Remark]:

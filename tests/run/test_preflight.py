@@ -285,6 +285,26 @@ def test_a_name_on_the_hub_is_left_alone_unless_the_hub_must_not_be_asked(
     assert "policy.model_name: /gone/model (command line: policy.model_name=/gone/model): no such folder" in said
 
 
+def test_a_log_dir_that_cannot_be_used_is_refused(shared_path: Path) -> None:
+    (taken := shared_path / "taken").mkdir()
+    (taken / "metrics.jsonl").touch()
+    (shared_path / "file").touch()
+    for folder, said in (
+        ("taken", "it holds metrics.jsonl of another run"),
+        ("file/x", f"{shared_path}/file is not a"),
+    ):
+        [problem] = problems(ask(shared_path, f"logger.log_dir={folder}"))
+        origin = f"(command line: logger.log_dir={folder}): "
+        assert problem.startswith(f"logger.log_dir: {shared_path}/{folder} {origin}{said}")
+    assert problems(ask(shared_path, "logger.log_dir=new/folder")) == []
+    flags = {"container": {"runtime": "podman", "image": "x", "check": []}, "python": "/opt/venv/bin/python"}
+    [problem] = problems(ask(shared_path, "logger.log_dir=/logs", flags=flags))
+    assert problem == (
+        "logger.log_dir: /logs (command line: logger.log_dir=/logs) is not in the container: add it to "
+        "container.mounts, with the same path inside"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
