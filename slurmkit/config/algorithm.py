@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
-from slurmkit.config.kinds import Count, Finite, Positive
-from slurmkit.config.section import Field, Section, model_validator
+from slurmkit.config.kinds import Count, Finite, Positive, empty_if_null
+from slurmkit.config.section import BeforeValidator, Field, Section, model_validator
 
 MAX_REWARD = 1_000_000_000
 """Largest reward, and largest change of one by scaling or shaping.
@@ -24,6 +24,10 @@ class AdvEstimator(Section):
     2501.03262). maxrl divides by the group's mean reward (arXiv 2602.02710)."""
     minus_baseline: bool = True
     """With reinforce_plus_plus: first take the group's mean from each reward."""
+    normalize_rewards: bool | None = None
+    """grpo.normalize_rewards, and in its place if both are given; null is that key's."""
+    use_leave_one_out_baseline: bool | None = None
+    """grpo.use_leave_one_out_baseline, and in its place if both are given; null is that key's."""
 
     @model_validator(mode="after")
     def _baseline_is_an_option_of_one(self) -> Self:
@@ -62,7 +66,7 @@ class RewardShaping(Section):
     """Shape rewards."""
     overlong_buffer_length: Count | None = None
     """Tokens before max_response_length over which the penalty grows from nothing to all of it."""
-    overlong_buffer_penalty: Annotated[float, Field(ge=0, le=MAX_REWARD, allow_inf_nan=False)] = 1.0
+    overlong_buffer_penalty: Annotated[float, Field(ge=0, le=MAX_REWARD, allow_inf_nan=False)] | None = 1.0
     """What a reply of max_response_length tokens loses of its reward."""
     max_response_length: Count | None = None
     """Tokens of a reply that cost the whole penalty; more cost no more."""
@@ -72,6 +76,8 @@ class RewardShaping(Section):
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:
         soft = {name: getattr(self, name) for name in ("overlong_buffer_length", "max_response_length")}
+        if self.enabled and self.stop_properly_penalty_coef is None and self.overlong_buffer_penalty is None:
+            raise ValueError("the soft penalty needs overlong_buffer_penalty, which is null")
         given = [f"{name} {value}" for name, value in soft.items() if value is not None]
         if self.enabled and self.stop_properly_penalty_coef is not None and given:
             raise ValueError(
@@ -133,7 +139,7 @@ class Grpo(Section):
     """With dynamic sampling: a batch is this many times num_prompts_per_step tasks; what is too much is discarded."""
     overlong_filtering: bool = False
     """Truncated replies count in their group's statistics and leave the loss."""
-    async_grpo: AsyncGrpo = AsyncGrpo()
+    async_grpo: Annotated[AsyncGrpo, BeforeValidator(empty_if_null)] = AsyncGrpo()
     """Asynchronous training."""
     reward_scaling: RewardScaling = RewardScaling()
     """Linear, before shaping."""
@@ -141,8 +147,8 @@ class Grpo(Section):
     """By length."""
     max_broken_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Give up when the environment broke in more than this part of a step's episodes; 1 never does."""
-    val_period: Annotated[int, Field(ge=0)] = 10
-    """Validate after every so many steps; 0 is never."""
+    val_period: Annotated[int, Field(ge=-1)] = 10
+    """Validate after every so many steps; 0 and -1 are never."""
     val_at_start: bool = False
     """Validate before the first step."""
     val_at_end: bool = False
@@ -208,12 +214,24 @@ class Grpo(Section):
                 f"stop_at_validation_metric {metric} is never computed with val_num_generations_per_prompt "
                 f"{self.val_num_generations_per_prompt}: it must be one of {', '.join(known)}"
             )
-        if metric is not None and not self.val_period:
+        if metric is not None and self.val_period < 1:
             raise ValueError(
-                f"stop_at_validation_metric {metric} is looked at whenever there is a validation, and val_period 0 "
-                "leaves them out: it must be at least 1"
+                f"stop_at_validation_metric {metric} is looked at whenever there is a validation, and val_period "
+                f"{self.val_period} leaves them out: it must be at least 1"
             )
         return self
+
+    @property
+    def normalizes(self) -> bool:
+        """True if a group's advantages are divided by its standard deviation."""
+        own = self.adv_estimator.normalize_rewards
+        return self.normalize_rewards if own is None else own
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """True if an episode is compared with the others of its group, without itself."""
+        own = self.adv_estimator.use_leave_one_out_baseline
+        return self.use_leave_one_out_baseline if own is None else own
 
     @property
     def max_age(self) -> int:

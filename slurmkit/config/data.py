@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, TypeVar
 
-from slurmkit.config.kinds import Count, Finite, Positive, Seconds
-from slurmkit.config.section import AfterValidator, Field, Section, model_validator
+from slurmkit.config.kinds import Count, Finite, Positive, Seconds, empty_if_null
+from slurmkit.config.section import AfterValidator, BeforeValidator, Field, Section, model_validator
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 
@@ -36,12 +36,18 @@ class DataSource(Section):
         return self
 
 
+def _part_or_count(value: float) -> float:
+    if value >= 1 and value % 1:
+        raise ValueError(f"should be a part below 1 or a whole number of questions, not {value:g}")
+    return value
+
+
 class TrainSource(DataSource):
     weight: Positive | None = None
     """Its share of the tasks drawn, relative to the other sources of the list; null for all of them draws every task
     once per epoch."""
-    split_validation_size: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The part of its questions that is held out for validation."""
+    split_validation_size: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_part_or_count)] = 0.0
+    """The part of its questions that is held out for validation, or from 1 on their number."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
     """Which those are follows from it, and not from grpo.seed: runs of other seeds are measured alike."""
 
@@ -49,7 +55,9 @@ class TrainSource(DataSource):
 class Data(Section):
     train: TrainSource | Annotated[tuple[TrainSource, ...], Field(min_length=1)] = TrainSource()
     """Tasks to train on: one source, or a list of them."""
-    validation: DataSource | Annotated[tuple[DataSource, ...], Field(min_length=1)] = DataSource()
+    validation: Annotated[
+        DataSource | Annotated[tuple[DataSource, ...], Field(min_length=1)], BeforeValidator(empty_if_null)
+    ] = DataSource()
     """Tasks held out, besides those that data.train holds out of itself: one source, or a list of them."""
     shuffle: bool = True
     """Draw tasks in an order that follows from grpo.seed, another one each epoch."""

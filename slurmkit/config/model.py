@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from slurmkit.config.kinds import Count, Decay, Positive, Seconds
-from slurmkit.config.section import Field, Section, model_validator
+from slurmkit.config.kinds import Count, Decay, Positive, Seconds, empty_if_null
+from slurmkit.config.section import AfterValidator, BeforeValidator, Field, Section, model_validator
 
 
 class OptimizerKwargs(Section):
@@ -75,6 +75,19 @@ class LoraCfg(Section):
     """Share of their inputs that an update drops."""
     target_modules: tuple[str, ...] = ()
     """Ends of names of linear layers, such as q_proj; none is all of them but the head."""
+    match_all_linear: bool | None = None
+    """True adapts all of them but the head, whatever target_modules says; null does if target_modules is empty."""
+
+    @model_validator(mode="after")
+    def _some_are_adapted(self) -> Self:
+        if self.match_all_linear is False and not self.target_modules:
+            raise ValueError("match_all_linear false needs target_modules, such as [q_proj, v_proj]")
+        return self
+
+    @property
+    def adapts_all_linear(self) -> bool:
+        """True if adapters are on all linear layers but the head."""
+        return self.match_all_linear or not self.target_modules
 
 
 class DtensorCfg(Section):
@@ -138,6 +151,10 @@ class ServingChatKwargs(Section):
         return self
 
 
+def _unless_empty(text: str | None) -> str | None:
+    return text or None  # $(find …) of a command line that found nothing
+
+
 class VllmCfg(Section):
     """How vLLM runs, where policy.generation.backend is vllm."""
 
@@ -151,16 +168,10 @@ class VllmCfg(Section):
     """Do without compiled graphs; null is true on a CPU, where they gain nothing, and false on a GPU."""
     expose_http_server: bool = False
     """Serve the policy over HTTP too, as OpenAI does, from every engine: serving/ of the run directory says where."""
-    http_server_serving_chat_kwargs: ServingChatKwargs = ServingChatKwargs()
+    http_server_serving_chat_kwargs: Annotated[ServingChatKwargs, BeforeValidator(empty_if_null)] = ServingChatKwargs()
     """How it reads replies."""
-    vllm_kwargs: dict[str, Any] = {}
-    """Further arguments of vLLM's AsyncEngineArgs."""
-
-    @model_validator(mode="after")
-    def _leaves_what_is_ours(self) -> Self:
-        if own := [f"{name} (use {_VLLM_OWN[name]})" for name in self.vllm_kwargs if name in _VLLM_OWN]:
-            raise ValueError(f"vllm_kwargs: slurmkit sets {', '.join(own)}")
-        return self
+    tool_parser_plugin: Annotated[str | None, AfterValidator(_unless_empty)] = None
+    """Python file that registers the tool_parser of http_server_serving_chat_kwargs with vLLM; null if vLLM has it."""
 
 
 ToolParser = Literal["hermes", "llama3_json", "nemotron"]
@@ -223,6 +234,14 @@ class Generation(Section):
     policy rank, or a file in the run directory; auto is the fastest that there is."""
     vllm_cfg: VllmCfg = VllmCfg()
     """How vLLM runs."""
+    vllm_kwargs: dict[str, Any] = {}
+    """Further arguments of vLLM's AsyncEngineArgs."""
+
+    @model_validator(mode="after")
+    def _leaves_what_is_ours(self) -> Self:
+        if own := [f"{name} (use {_VLLM_OWN[name]})" for name in self.vllm_kwargs if name in _VLLM_OWN]:
+            raise ValueError(f"vllm_kwargs: slurmkit sets {', '.join(own)}")
+        return self
 
     @model_validator(mode="after")
     def _vllm_alone_spans_devices(self) -> Self:
@@ -289,12 +308,17 @@ class FromScratch(Section):
         return self
 
 
+def _unless_default(text: str | None) -> str | None:
+    return None if text == "default" else text
+
+
 class TokenizerCfg(Section):
     """How conversations are written for the model. The tokenizer is the model's own."""
 
-    chat_template: str | None = None
-    """File with a Jinja template in place of the model's own, which checkpoints then have; null is the model's."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template: Annotated[str | None, AfterValidator(_unless_default)] = None
+    """File with a Jinja template in place of the model's own, which checkpoints then have; null and "default" are the
+    model's."""
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(empty_if_null)] = {}
     """Variables for the template. Example: {enable_thinking: false}."""
 
     @model_validator(mode="after")
@@ -323,8 +347,8 @@ class Policy(Section):
     """Tokens of a conversation, prompt and replies together; a longer prompt is not trained on."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of policy and engines. Master weights, logprobs and the loss are float32 either way."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null leaves them."""
     dtensor_cfg: DtensorCfg = DtensorCfg()
     """How the model is spread over ranks."""
     optimizer: Optimizer = Optimizer()

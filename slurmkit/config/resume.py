@@ -28,6 +28,7 @@ MAY_DIFFER = frozenset(
             "policy.generation.colocated",
             "policy.generation.weight_transfer",
             "policy.generation.vllm_cfg",
+            "policy.generation.vllm_kwargs",
             "env.timeout_seconds",
             "env.math.num_workers",
             *("env.gym.url", "env.gym.agent_url", "env.gym.max_connections", "env.gym.max_retries"),

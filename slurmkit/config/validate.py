@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, get_args
 
+from slurmkit.config.nemo_rl import advice_on
 from slurmkit.config.section import Problem, Section, ValidationError
 from slurmkit.config.source import Key, Source
 from slurmkit.errors import UserError
@@ -29,7 +30,8 @@ def _describe(model: type[Section], source: Source, problem: Problem) -> str:
     origin = origin_of(source, key)
     place = f" ({origin})" if origin else ""
     if problem.kind == "unknown":
-        return f"unknown key {name}{place}{_nearest(name, model)}"
+        advice = advice_on(name, problem.input)
+        return f"unknown key {name}{place}" + (f": {advice}" if advice else _nearest(name, model))
     if problem.kind == "missing":
         return f"{name} is missing: it must be given"
     if problem.kind == "value":

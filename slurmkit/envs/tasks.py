@@ -76,10 +76,14 @@ class TaskOrder:
         return tasks[order[place]]
 
 
-def hold_out(tasks: Sequence[Task], fraction: float, seed: int) -> tuple[list[Task], list[Task]]:
-    """Tasks to train on and `fraction` of them, rounded, that are not; those that ask the same stay together."""
+def hold_out(tasks: Sequence[Task], size: float, seed: int) -> tuple[list[Task], list[Task]]:
+    """Return the tasks to train on and those held out: a part of the questions, rounded, or from 1 on their number.
+
+    Tasks with the same question stay together.
+    """
     questions = list(dict.fromkeys(task.question for task in tasks))
-    held_out = set(Random(f"validation {seed}").sample(questions, round(fraction * len(questions))))
+    count = round(size * len(questions)) if size < 1 else min(int(size), len(questions))
+    held_out = set(Random(f"validation {seed}").sample(questions, count))
     sides: tuple[list[Task], list[Task]] = ([], [])
     for task in tasks:
         sides[task.question in held_out].append(task)

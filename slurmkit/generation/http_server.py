@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurmkit.config.model import ServingChatKwargs
+from slurmkit.config.model import VllmCfg
 
 SERVED_MODEL_NAME = "policy"
 """What requests call the model."""
@@ -47,7 +47,7 @@ async def serve(
     *,
     model_path: str,
     address: str,
-    chat: ServingChatKwargs,
+    settings: VllmCfg,
     version: Callable[[], int],
 ) -> asyncio.Task[None]:
     """Serve on a free port of `address` until the task is cancelled, or its event loop ends, and write where.
@@ -60,7 +60,7 @@ async def serve(
 
     is_ipv6 = ":" in address
     listening = socket.create_server((address, 0), family=socket.AF_INET6 if is_ipv6 else socket.AF_INET)
-    app = await _app(llm, model_path, serving, chat, version)
+    app = await _app(llm, model_path, serving, settings, version)
     server = NoSignalServer(uvicorn.Config(app, log_level="error", access_log=False))
     task = asyncio.create_task(server.serve([listening]))
     host, port = f"[{address}]" if is_ipv6 else address, listening.getsockname()[1]
@@ -70,12 +70,17 @@ async def serve(
     return task
 
 
-async def _app(llm: Any, model_path: str, serving: Serving, chat: ServingChatKwargs, version: Callable[[], int]) -> Any:
+async def _app(llm: Any, model_path: str, serving: Serving, settings: VllmCfg, version: Callable[[], int]) -> Any:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.utils.import_utils import import_from_path
 
+    chat = settings.http_server_serving_chat_kwargs
+    if settings.tool_parser_plugin is not None:
+        # Not ToolParserManager.import_tool_parser, which logs what the file raises and goes on without it.
+        import_from_path("slurmkit_tool_parser_plugin", settings.tool_parser_plugin)
     parser: Any = FlexibleArgumentParser
     arguments = make_arg_parser(parser()).parse_args(["--model", model_path])
     arguments.served_model_name = [SERVED_MODEL_NAME]

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class VllmEngine:
         address: str = "127.0.0.1",
         temporary: str | None = None,
         settings: VllmCfg | None = None,
+        vllm_kwargs: Mapping[str, Any] = MappingProxyType({}),
         in_flight_weight_updates: bool = False,
         sleeps: bool = False,
         serving: Serving | None = None,
@@ -77,6 +79,7 @@ class VllmEngine:
             AsyncEngineArgs(
                 **_arguments(
                     settings,
+                    vllm_kwargs,
                     on_cpu=device == "cpu",
                     model=model_path,
                     skip_tokenizer_init=serving is None,
@@ -93,7 +96,7 @@ class VllmEngine:
         self._model_path = model_path
         self._address = address
         self._serving = serving
-        self._chat = settings.http_server_serving_chat_kwargs
+        self._settings = settings
         self._server: asyncio.Task[None] | None = None
         self._in_flight = in_flight_weight_updates
         # Only who is told of each token at once knows which weights it is of.
@@ -122,7 +125,7 @@ class VllmEngine:
                 self._serving,
                 model_path=self._model_path,
                 address=self._address,
-                chat=self._chat,
+                settings=self._settings,
                 version=lambda: self._version,
             )
 
@@ -280,7 +283,7 @@ def _check_head_size(config: Any) -> None:
         )
 
 
-def _arguments(settings: VllmCfg, *, on_cpu: bool, **given: Any) -> dict[str, Any]:
+def _arguments(settings: VllmCfg, added: Mapping[str, Any], *, on_cpu: bool, **given: Any) -> dict[str, Any]:
     """What vLLM is started with: what is given, what slurmkit chooses, and what the user adds."""
     return {
         **given,
@@ -298,7 +301,7 @@ def _arguments(settings: VllmCfg, *, on_cpu: bool, **given: Any) -> dict[str, An
         # After a part of a prompt, vLLM takes back what the request's own random numbers have gone on by, which only
         # those of a GPU can: on a CPU it would die of it.
         "enable_chunked_prefill": False if on_cpu else None,
-        **settings.vllm_kwargs,
+        **added,
     }
 
 

@@ -39,7 +39,7 @@ class Adapters:
             r=settings.dim,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
             lora_dropout=settings.dropout,
-            target_modules=list(settings.target_modules) or "all-linear",
+            target_modules="all-linear" if settings.adapts_all_linear else list(settings.target_modules),
         )
         model.requires_grad_(False)
         with torch.random.fork_rng():

@@ -27,7 +27,7 @@ def advantages(
     """
     match grpo.adv_estimator.name:
         case "grpo":
-            normalize, leave_one_out = grpo.normalize_rewards, grpo.use_leave_one_out_baseline
+            normalize, leave_one_out = grpo.normalizes, grpo.leaves_one_out
             groups = [group_advantages(group, normalize=normalize, leave_one_out=leave_one_out) for group in rewards]
         case "maxrl":
             groups = [maxrl_advantages(group) for group in rewards]

@@ -230,6 +230,7 @@ def _engine(
     if generation.backend == "vllm":
         kind = VllmEngine
         own = {"address": seat.address, "temporary": str(temporary), "settings": generation.vllm_cfg}
+        own["vllm_kwargs"] = generation.vllm_kwargs
         own["sleeps"] = config.takes_turns
         own["in_flight_weight_updates"] = config.grpo.updates_in_flight
         if serving is not None:

@@ -38,8 +38,8 @@ def by_mesh(parameters: Iterable[torch.nn.Parameter]) -> dict[Any, list[torch.nn
     return groups
 
 
-def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
-    """Scale gradients down to `max_norm`; the Euclidean norm they had, over all ranks and meshes. Collective."""
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float | None) -> float:
+    """Scale gradients down to `max_norm`, if there is one; the Euclidean norm they had, over all ranks. Collective."""
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norms = []
     for group in by_mesh(trained).values():
@@ -48,8 +48,9 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) ->
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     # Ranks may have added up in different orders; what they hold copies of must not drift apart.
     distributed.broadcast(total, src=0)
-    for group in by_mesh(trained).values():
-        clip_grads_with_norm_(group, max_norm, total)
+    if max_norm is not None:
+        for group in by_mesh(trained).values():
+            clip_grads_with_norm_(group, max_norm, total)
     return float(total)
 
 

@@ -45,11 +45,16 @@ def shaped(episode: Episode, shaping: RewardShaping) -> float:
         return reward
     if shaping.stop_properly_penalty_coef is not None:
         return reward * shaping.stop_properly_penalty_coef if episode.finish_reason == "length" else reward
-    longest, buffer = shaping.max_response_length, shaping.overlong_buffer_length
+    longest, buffer, penalty = (
+        shaping.max_response_length,
+        shaping.overlong_buffer_length,
+        shaping.overlong_buffer_penalty,
+    )
     assert longest is not None  # the schema has seen to it
     assert buffer is not None
+    assert penalty is not None
     overlong = min(max(episode.num_sampled_tokens - (longest - buffer), 0), buffer)
-    return reward - shaping.overlong_buffer_penalty * overlong / buffer
+    return reward - penalty * overlong / buffer
 
 
 def _with_rewards(group: Group, reward_of: Callable[[Episode], float]) -> Group:

@@ -68,6 +68,8 @@ def settle_training(
             each["data_path"] = _place(DataSource.model_construct(**each), job) or each["data_path"]
     if train.logger.log_dir is not None:
         settled.data["logger"]["log_dir"] = absolute(train.logger.log_dir, Path(job.workdir))
+    if (plugin := train.policy.generation.vllm_cfg.tool_parser_plugin) is not None:
+        settled.data["policy"]["generation"]["vllm_cfg"]["tool_parser_plugin"] = absolute(plugin, Path(job.workdir))
     if (resume := train.checkpointing.resume) not in _NO_PATH:
         settled.data["checkpointing"]["resume"] = absolute(resume, Path(job.workdir))
     train = validate(TrainConfig, settled)
@@ -129,6 +131,10 @@ def _missing_files(train: TrainConfig, read: Source, job: JobSpec) -> Iterator[s
         if path and not os.path.exists(path):
             origin = origin_of(read, (*key.split("."), "data_path"))
             yield f"{key}.data_path: {path} ({origin}): no such file; a relative path begins at {job.workdir}"
+    plugin = train.policy.generation.vllm_cfg.tool_parser_plugin
+    if plugin is not None and not os.path.isfile(absolute(plugin, Path(job.workdir))):
+        key = "policy.generation.vllm_cfg.tool_parser_plugin"
+        yield f"{key}: {plugin} ({origin_of(read, tuple(key.split('.')))}): no such file"
     resume = train.checkpointing.resume
     if resume not in _NO_PATH and not os.path.isfile(Path(absolute(resume, Path(job.workdir)), "manifest.json")):
         yield (

@@ -150,7 +150,7 @@ FLAGS = [
         "policy.generation.backend: should be 'torch' or 'vllm', not 'sglang'",
     ),
     (
-        "--config example.yaml policy.generation.vllm_cfg.vllm_kwargs.max_num_seqs=4",
+        "--config example.yaml policy.generation.vllm_kwargs.max_num_seqs=4",
         "slurmkit sets max_num_seqs (use policy.generation.max_batch_size)",
     ),
     (

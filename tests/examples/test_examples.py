@@ -150,7 +150,7 @@ OF_WORKPLACE: dict[str, Any] = {
     "policy.model_name": "nvidia/NVIDIA-Nemotron-Nano-9B-v2",
     "policy.max_total_sequence_length": 8192,
     "policy.optimizer.kwargs.lr": 5e-6,
-    "policy.generation.vllm_cfg.vllm_kwargs.mamba_ssm_cache_dtype": "float32",
+    "policy.generation.vllm_kwargs.mamba_ssm_cache_dtype": "float32",
     "cluster.num_nodes": 1,
 }
 

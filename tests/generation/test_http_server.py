@@ -15,7 +15,7 @@ from engines import Vllm
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slurmkit.config.model import ServingChatKwargs
+from slurmkit.config.model import ServingChatKwargs, VllmCfg
 from slurmkit.generation.engine import Request, SamplingParams
 from slurmkit.generation.http_server import WEIGHT_VERSIONS, Serving, make_api_key
 from slurmkit.generation.weights import Weights
@@ -23,6 +23,16 @@ from slurmkit.generation.weights import Weights
 MESSAGES = [{"role": "user", "content": "1+2="}]
 # In place of the model's own.
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}{{ mood }}"
+PLUGIN = """
+from vllm.entrypoints.generate.base.protocol import ExtractedToolCallInformation, FunctionCall, ToolCall
+from vllm.tool_parsers import ToolParser, ToolParserManager
+
+@ToolParserManager.register_module(["always_look"])
+class AlwaysLook(ToolParser):
+    def extract_tool_calls(self, model_output, request):
+        call = ToolCall(function=FunctionCall(name="look", arguments="{}"))
+        return ExtractedToolCallInformation(tools_called=True, tool_calls=[call], content=None)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vllm(model: Path, folder: Path) -> Iterator[Vllm]:
-    settings: dict[str, Any] = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8}
+    (plugin := folder.parent / "plugin.py").write_text(PLUGIN)
+    chat = ServingChatKwargs(enable_auto_tools=True, tool_parser="always_look")
+    own = VllmCfg(http_server_serving_chat_kwargs=chat, tool_parser_plugin=str(plugin))
+    settings: dict[str, Any] = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8, "settings": own}
     vllm = Vllm(model, **settings, serving=Serving(folder, "engine_0", TEMPLATE, {"mood": "gladly"}))
     vllm.do(vllm.engine.start())
     yield vllm
@@ -116,6 +129,15 @@ def test_new_weights_wait_for_a_reply_that_is_under_way_and_are_those_of_the_nex
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=1e-5)
     [own] = vllm.generate([Request((1, 2, 3), SamplingParams(1.0, 5, 0))])
     assert set(own.weight_versions) == {5}
+
+
+def test_a_plugin_registers_a_tool_parser_with_vllm(vllm: Vllm, folder: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    body = {"messages": MESSAGES, "tools": [tool], "max_tokens": 3}
+    status, answer, _ = vllm.do(ask(folder, "chat/completions", body))
+    assert status == 200, answer
+    [call] = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": "look", "arguments": "{}"}
 
 
 def test_a_format_of_tool_calls_is_asked_for_where_tools_are() -> None:

@@ -22,7 +22,7 @@ from tiny import make_tiny_model
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
-from slurmkit.config.model import VllmCfg
+from slurmkit.config.model import Generation, VllmCfg
 from slurmkit.errors import NodeFailure
 from slurmkit.generation import channels
 from slurmkit.generation.engine import Completion, Request, SamplingParams
@@ -208,4 +208,4 @@ def test_heads_of_a_width_without_a_kernel_are_refused_before_anything_is_starte
 
 def test_arguments_of_vllm_that_slurmkit_sets_itself_are_refused_with_the_key_to_use() -> None:
     with pytest.raises(ValueError, match=r"slurmkit sets max_num_seqs \(use policy.generation.max_batch_size\)"):
-        VllmCfg(vllm_kwargs={"max_num_seqs": 4, "block_size": 32})
+        Generation(vllm_kwargs={"max_num_seqs": 4, "block_size": 32})
