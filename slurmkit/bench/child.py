@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slurmkit.errors import Failure
+from slurmkit.processes import end_with_parent
 
 # A measurement that takes longer than this has hung.
 DEADLINE_SECONDS = 6 * 3600.0
@@ -22,7 +23,12 @@ def measured(module: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", f"slurmkit.bench.{module}"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(settings), stdout=subprocess.PIPE, text=True, timeout=DEADLINE_SECONDS
+            command,
+            input=json.dumps(settings),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=DEADLINE_SECONDS,
+            preexec_fn=end_with_parent,
         )
     except subprocess.TimeoutExpired:
         raise Failure(f"slurmkit.bench.{module} has not ended after {DEADLINE_SECONDS:g} s") from None

@@ -34,6 +34,7 @@ from slurmkit.bench.child import DEADLINE_SECONDS, measured
 from slurmkit.bench.forced import PROMPT_TOKENS
 from slurmkit.bench.machine import WatchedTree, circumstances
 from slurmkit.errors import Failure, UserError
+from slurmkit.processes import end_with_parent
 
 TRL = ("trl==1.16.0", "torch==2.13.0")
 PHASES = ("generation", "logprobs", "update", "weights", "step")
@@ -90,7 +91,7 @@ def trl_python(given: Path | None, cache: Path, say: Callable[[str], None]) -> P
             say(f"installing {' '.join(TRL)} into {folder}")
             made = [sys.executable, "-m", "venv", str(folder)]
             for command in (made, [str(python), "-m", "pip", "install", "-qq", *TRL]):
-                if subprocess.run(command, stdout=sys.stderr).returncode:
+                if subprocess.run(command, stdout=sys.stderr, preexec_fn=end_with_parent).returncode:
                     raise Failure(f"{folder}: an environment for {TRL[0]} cannot be made; give one with --trl-python")
             done.touch()
     try:
@@ -225,7 +226,14 @@ def _run(command: Sequence[str], here: Path, settings: Settings, environment: di
     inherited |= {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1", **environment}
     log = here / "log"
     with log.open("wb") as output:
-        child = subprocess.Popen(command, cwd=here, env=inherited, stdout=output, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            command,
+            cwd=here,
+            env=inherited,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=end_with_parent,
+        )
         try:
             with WatchedTree(child.pid) as watched:
                 code = child.wait(DEADLINE_SECONDS)

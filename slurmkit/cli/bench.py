@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from slurmkit.errors import UserError
+from slurmkit.processes import become
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -194,8 +193,7 @@ def workplace(**options: Any) -> None:
     _measure("workplace", options)
 
 
-def _measure(benchmark: str, options: dict[str, Any]) -> None:
-    """In a child, as the trainer's libraries are not for this process. Ends with its exit code."""
+def _measure(benchmark: str, options: dict[str, Any]) -> NoReturn:
+    """Run it in this process's place, as the trainer's libraries are not for it and a kill must end the benchmark."""
     given = {name: value for name, value in options.items() if value is not None}
-    done = subprocess.run([sys.executable, "-m", "slurmkit.bench", json.dumps({"benchmark": benchmark, **given})])
-    sys.exit(done.returncode)
+    become("slurmkit.bench", json.dumps({"benchmark": benchmark, **given}))

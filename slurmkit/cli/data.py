@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import click
 
 from slurmkit.errors import UserError
+from slurmkit.processes import become
 
 _PATH = click.Path(path_type=str)
 _COUNT = click.IntRange(min=1)
@@ -35,6 +34,5 @@ def workplace(families: str | None, **options: Any) -> None:
     if options["validation"] is not None and options["validation"] == options["out"]:
         raise UserError(f"--validation {options['validation']} is --out as well: name another file")
     options["families"] = families.split(",") if families else None
-    # In a child, as environments are the trainer's.
-    done = subprocess.run([sys.executable, "-m", "slurmkit.envs.workplace.generate", json.dumps(options)])
-    sys.exit(done.returncode)
+    # In this process's place, as environments are the trainer's.
+    become("slurmkit.envs.workplace.generate", json.dumps(options))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +13,7 @@ import click
 
 from slurmkit.cli.names import RunType
 from slurmkit.errors import UserError
+from slurmkit.processes import become
 from slurmkit.run.find import find_run, results_folder
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -117,5 +117,4 @@ def bfcl(vllm_args: str, **options: Any) -> None:
 def _evaluate(what: str, options: dict[str, Any]) -> NoReturn:
     """In this process's place, as the trainer's libraries are not for it, and a signal is for what is started there."""
     given = {**options, "what": what, "checkpoint": str(options["checkpoint"])}
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "slurmkit.evaluate", json.dumps(given)])
+    become("slurmkit.evaluate", json.dumps(given))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slurmkit.cli.names import RunType
+from slurmkit.processes import become
 
 
 class _Checkpointed(RunType):
@@ -37,6 +36,5 @@ def command(run: Path, target: Path, step: str | None, dtype: str | None) -> Non
     RUN may also be the folder of one checkpoint. The checkpoint's digests are verified first.
     """
     options = [*(("--step", step) if step else ()), *(("--dtype", dtype) if dtype else ())]
-    # A process of its own, as converting takes torch, which nothing here imports.
-    words = [sys.executable, "-m", "slurmkit.grpo.export", *options, "--", str(run), str(target)]
-    sys.exit(subprocess.run(words).returncode)
+    # In this process's place, as converting takes torch, which nothing here imports.
+    become("slurmkit.grpo.export", *options, "--", str(run), str(target))

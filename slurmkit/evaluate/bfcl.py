@@ -18,7 +18,8 @@ from slurmkit.evaluate import bfcl_side
 from slurmkit.evaluate.bfcl_scores import GROUPS, group_scores, missing
 from slurmkit.evaluate.intervals import CONFIDENCE, difference, estimate
 from slurmkit.evaluate.models import Model
-from slurmkit.evaluate.server import end_with_parent, vllm_server
+from slurmkit.evaluate.server import vllm_server
+from slurmkit.processes import end_with_parent
 
 _DEADLINE_SECONDS = 48 * 3600.0
 _POLL_SECONDS = 0.5

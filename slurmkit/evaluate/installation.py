@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slurmkit.errors import Failure, UserError
+from slurmkit.processes import end_with_parent
 
 BFCL_EVAL = "bfcl-eval==2026.3.23"
 # At the versions that it pins, where it does.
@@ -67,7 +68,12 @@ def _make(folder: Path) -> None:
         made = [sys.executable, "-m", "venv", str(beside)]
         for command in (made, [*pip, *NEEDS], [*pip, "--no-deps", BFCL_EVAL]):
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_DEADLINE_SECONDS
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=_DEADLINE_SECONDS,
+                preexec_fn=end_with_parent,
             )
             if done.returncode:
                 shown = "\n".join(done.stdout.strip().splitlines()[-5:])

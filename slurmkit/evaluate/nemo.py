@@ -14,6 +14,7 @@ from slurmkit.evaluate import bfcl_side
 from slurmkit.evaluate.bfcl import Settings
 from slurmkit.evaluate.models import Model
 from slurmkit.evaluate.server import vllm_server
+from slurmkit.processes import end_with_parent
 
 PROGRAM = "nemo-evaluator"
 _KEY = "SLURMKIT_EVALUATE_KEY"
@@ -53,7 +54,9 @@ def evaluate(settings: Settings, model: Model, folder: Path, say: Callable[[str]
 
 def _run(words: list[str], api_key: str) -> None:
     try:
-        done = subprocess.run(words, env={**os.environ, _KEY: api_key}, timeout=_DEADLINE_SECONDS)
+        done = subprocess.run(
+            words, env={**os.environ, _KEY: api_key}, timeout=_DEADLINE_SECONDS, preexec_fn=end_with_parent
+        )
     except subprocess.TimeoutExpired:
         raise Failure(f"{PROGRAM} has not ended after {_DEADLINE_SECONDS:g} s") from None
     if done.returncode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import signal
@@ -19,10 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from slurmkit.errors import Failure, UserError
+from slurmkit.processes import end_with_parent
 
 _POLL_SECONDS, _GRACE_SECONDS, _LAST_LINES = 0.5, 30.0, 15
-# From linux/prctl.h: the signal that the kernel sends this process when its parent is gone.
-_PR_SET_PDEATHSIG = 1
 # For processes that answer one client on loopback: see generation/vllm_engine.py, which has the same reasons.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # On a CPU. GiB of KV cache, which vLLM would take from all of the machine's memory.
@@ -100,11 +98,6 @@ def _defaults() -> list[str]:
     import torch
 
     return [] if torch.cuda.is_available() else ["--enforce-eager", "--no-enable-chunked-prefill"]
-
-
-def end_with_parent() -> None:
-    """Between fork and exec: however we end, also by SIGKILL, this process is told to."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(server: Server, deadline_seconds: float) -> None:

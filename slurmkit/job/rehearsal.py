@@ -28,6 +28,7 @@ from slurmkit.job.trace import Traced
 _DEADLINE = 20
 _CANARY = "canary-of-slurmkit-templates-check"
 HOSTILE = ("a  b", "it's", '"', "$HOME", "$(touch pwned)", "`touch pwned`", "; touch pwned", "*", "", "\\", "x\ny")
+# They end by themselves after a minute: the process that would end them may be killed.
 _STAND_INS = {
     "srun": """#!/bin/bash
 while (($#)) && [[ $1 != bash || ${2:-} != -*c ]]; do shift; done  # options, and a container
@@ -48,7 +49,7 @@ until [[ $(<"/proc/$!/comm") == raylet ]]; do sleep 0.01; done
 printf '%s\\0' "$@" "$V" >"$CHECK/words"
 trap 'exit 0' USR2
 touch "$CHECK/started"
-case $CHECK_COMMAND in stay) while :; do sleep 0.05; done ;; *) exit "$CHECK_COMMAND" ;; esac
+case $CHECK_COMMAND in stay) for _ in {1..1200}; do sleep 0.05; done ;; *) exit "$CHECK_COMMAND" ;; esac
 """,
     "squeue": """#!/bin/bash
 echo "$CHECK_SLURM"
@@ -87,7 +88,7 @@ class _Act:
     title: str
     code: int
     command: str = "0"
-    raylet: str = "600"
+    raylet: str = "60"
     send: int | None = None
     slurm: str = "COMPLETING None N/A"  # what squeue says of a signal: state, reason, time of preemption
     keys: tuple[tuple[str, Any], ...] = ()

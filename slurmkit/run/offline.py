@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slurmkit.errors import Failure, UserError
+from slurmkit.processes import end_with_parent
 
 _HEADER = 7
 """Bytes that a .wandb file begins with. The rest comes seconds later, which W&B's own process may not live to see."""
@@ -68,7 +69,7 @@ def upload(runs: Sequence[OfflineRun], environ: Mapping[str, str] = os.environ) 
         )
     # A process of its own, as nothing here imports W&B; without a terminal to ask for a key that is not accepted.
     words = [sys.executable, "-m", "wandb", "sync", *(str(each.file.parent) for each in runs)]
-    code = subprocess.run(words, stdin=subprocess.DEVNULL, env=dict(environ)).returncode
+    code = subprocess.run(words, stdin=subprocess.DEVNULL, env=dict(environ), preexec_fn=end_with_parent).returncode
     # Its exit code is 0 whatever became of the upload.
     left = [each.file.parent.name for each in runs if not each.file.with_suffix(".wandb.synced").exists()]
     if left or code:
