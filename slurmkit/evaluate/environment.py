@@ -19,6 +19,7 @@ from slurmkit.grpo.causal_lm import check_model
 from slurmkit.grpo.cluster import engine_pool, ray_connection, start_engines, watch_ray
 from slurmkit.grpo.interrupt import guarded
 from slurmkit.grpo.metrics import say
+from slurmkit.grpo.progress import reported
 from slurmkit.grpo.validation import pass_at_k, play_validation, validation_metrics
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, refuse_prompts_that_never_fit
@@ -57,7 +58,7 @@ async def _play(config: TrainConfig, folder: Path, domain: Domain) -> list[Group
     async with AsyncExitStack() as stack:
         temporary = stack.enter_context(ray_connection())
         pool = await stack.enter_async_context(engine_pool(config, start_engines(config, folder, temporary)))
-        await guarded(pool.start(), watch_ray())
+        await guarded(reported(f"loading {folder}", pool.start()), watch_ray())
         return await guarded(play_validation(config, domain, pool, chat), watch_ray())
 
 

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupts = Interrupts()
         config = load_config(options.config, options.overrides)
         protect_private_ray()
+        print("importing torch and Ray", flush=True)
         # After the configuration, as torch and ray take seconds to import and a typo should not.
         from slurmkit.grpo.trainer import train
 

@@ -23,6 +23,7 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.environment import Domain, Message
 from slurmkit.errors import UserError
 from slurmkit.grpo.metrics import say
+from slurmkit.grpo.progress import Progress
 from slurmkit.rollout.chat import Chat
 
 _END = "<|end|>"
@@ -128,7 +129,9 @@ def _supervise(model: Any, chat: Chat, sizes: FromScratch, domain: Domain, *, ma
     """Next-token prediction on demonstrated replies, the prompt given."""
     rng = Random(f"demonstrations {seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.supervised_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    progress = Progress("making a model")
     for step in range(sizes.supervised_steps):
+        progress.log(f"{step} of {sizes.supervised_steps} supervised steps")
         rows = []
         for task in rng.choices(domain.train_tasks, k=sizes.supervised_batch_size):
             prompt = chat.prompt_ids((Message("user", task.question),))

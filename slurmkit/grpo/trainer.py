@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -32,6 +32,7 @@ from slurmkit.grpo.interrupt import Interrupted, Interrupts, guarded
 from slurmkit.grpo.metrics import RunLog, check_finite, say, timed, whole_step
 from slurmkit.grpo.plots import Plots
 from slurmkit.grpo.policy import Policy
+from slurmkit.grpo.progress import Count, reported
 from slurmkit.grpo.resume import starting_point
 from slurmkit.grpo.rewards import shaped_group
 from slurmkit.grpo.sample_files import write_samples
@@ -102,12 +103,17 @@ async def train(
     for name, tasks in (("training", domain.train_tasks), ("validation", domain.validation_tasks)):
         await refuse_prompts_that_never_fit(name, tasks, domain, chat, config)
     async with AsyncExitStack() as stack:
+        say("starting Ray")
         temporary = stack.enter_context(ray_connection())
         serving = stack.enter_context(serving_folder(config, run_directory))
         policy, engines, transfer = start_actors(config, model_path, state.updates, temporary, serving)
         interrupts.attend()
         pool = await stack.enter_async_context(engine_pool(config, engines))
-        starting = together(policy.start(model_path, starting_path, checkpoint, state.updates), pool.start())
+        say(f"loading {model_path} (policy ranks: {config.num_ranks}, engines: {len(engines)})")
+        starting = together(
+            reported("loading the policy", policy.start(model_path, starting_path, checkpoint, state.updates)),
+            reported("loading the engines", pool.start()),
+        )
         turns = Turns(policy, pool, transfer, config.takes_turns)
         await guarded(interrupts.unless(starting), watch_ray())
         await turns.begin()
@@ -144,6 +150,8 @@ class Trainer:
     interrupts: Interrupts
     last_step: int
     state: TrainerState
+    episodes: dict[int, Count] = field(default_factory=dict)
+    """Of the steps whose rollouts have begun."""
 
     async def run(self) -> None:
         """All steps that are left.
@@ -194,7 +202,10 @@ class Trainer:
             busy = self.pool.busy_seconds()
             with whole_step(metrics):
                 with timed(metrics, "time:rollout"):
-                    selection = await self.interrupts.unless(rollouts.of(step, self.state.updates))
+                    rollout = rollouts.of(step, self.state.updates)
+                    episodes = self.episodes.setdefault(step, Count())
+                    selection = await self.interrupts.unless(reported(f"step {step}: rollout", rollout, episodes))
+                    del self.episodes[step]
                 for remark in selection.remarks():
                     say(f"step {step}: {remark}")
                 groups = [shaped_group(group, self.config.grpo) for group in selection.kept]
@@ -202,7 +213,8 @@ class Trainer:
                 await self.turns.of_policy()
                 if self.config.loss_fn.needs_prev_logprobs or self.config.loss_fn.needs_reference_logprobs:
                     with timed(metrics, "time:logprobs"):
-                        samples = await self.interrupts.unless(self.score(samples))
+                        scoring = reported(f"step {step}: logprobs", self.score(samples))
+                        samples = await self.interrupts.unless(scoring)
                 samples, kept_metrics = credit(groups, samples, self.config.grpo, self.config.loss_fn)
                 if self.config.grpo.overlong_filtering:
                     samples = without_truncated(samples)
@@ -217,7 +229,7 @@ class Trainer:
                 metrics |= selection.metrics(kept_metrics) | rollouts.ages(selection.kept, step)
                 if updates:
                     with timed(metrics, "time:update"):
-                        metrics |= await self.update(updates, step)
+                        metrics |= await reported(f"step {step}: update", self.update(updates, step))
                     with timed(metrics, "time:weights"):
                         is_leaving = not await self.give_weights()
                 else:
@@ -283,6 +295,8 @@ class Trainer:
     async def play_step(self, step: int, tasks: Sequence[Task], before: int) -> list[Group]:
         """Groups of a step that has had `before` tasks already."""
         episodes = self.config.grpo.num_generations_per_prompt
+        count = self.episodes.setdefault(step, Count())
+        count.total += len(tasks) * episodes
         return await collect(
             tasks,
             episodes_per_task=episodes,
@@ -292,6 +306,7 @@ class Trainer:
             sampling=Sampling.of(self.config, (TRAINING, step), before * episodes),
             limits=Limits.of(self.config),
             weight_version=self.state.updates,
+            finished=count.add,
         )
 
     async def score(self, samples: list[Sample]) -> list[Sample]:
@@ -341,7 +356,12 @@ class Trainer:
     async def validate(self, step: int) -> dict[str, float]:
         """Play the validation tasks; the first ones' conversations are kept."""
         groups = await play_validation(
-            self.config, self.domain, self.pool, self.chat, weight_version=self.state.updates
+            self.config,
+            self.domain,
+            self.pool,
+            self.chat,
+            weight_version=self.state.updates,
+            phase=f"validation after step {step}" if step else "validation before training",
         )
         metrics = validation_metrics(groups, self.config.grpo)
         if kept := groups[: self.config.logger.num_val_transcripts]:

@@ -12,6 +12,7 @@ from slurmkit.config.algorithm import Grpo
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.environment import Domain, Message
 from slurmkit.errors import Failure
+from slurmkit.grpo.progress import Count, reported
 from slurmkit.grpo.sample_files import write_lines
 from slurmkit.grpo.selection import score_metrics
 from slurmkit.rollout.chat import Chat
@@ -80,22 +81,32 @@ def _said(message: Message) -> dict[str, Any]:
 
 
 async def play_validation(
-    config: TrainConfig, domain: Domain, policy: Generate, chat: Chat, *, weight_version: int = 0
+    config: TrainConfig,
+    domain: Domain,
+    policy: Generate,
+    chat: Chat,
+    *,
+    weight_version: int = 0,
+    phase: str = "validation",
 ) -> list[Group]:
     """Episodes of the validation tasks, sampled as in training, with the same random numbers each time.
 
-    `weight_version`: how many updates the policy's weights have seen.
+    `weight_version`: how many updates the policy's weights have seen. `phase`: the name in the log.
     """
-    return await collect(
-        domain.validation_tasks[: config.grpo.max_val_samples],
-        episodes_per_task=config.grpo.val_num_generations_per_prompt,
+    tasks, episodes = domain.validation_tasks[: config.grpo.max_val_samples], config.grpo.val_num_generations_per_prompt
+    count = Count(total=len(tasks) * episodes)
+    playing = collect(
+        tasks,
+        episodes_per_task=episodes,
         domain=domain,
         policy=policy,
         chat=chat,
         sampling=Sampling.of(config, (VALIDATION,)),
         limits=Limits.of(config),
         weight_version=weight_version,
+        finished=count.add,
     )
+    return await reported(phase, playing, count)
 
 
 def is_good_enough(metrics: Mapping[str, float], grpo: Grpo) -> bool:

@@ -1,7 +1,13 @@
-"""Progress of a run in the terminal, read from its metrics.jsonl: drawn anew where that is possible, else in lines."""
+"""Progress of a run in the terminal: drawn anew where that is possible, else in lines.
+
+Read from its metrics.jsonl, and from the last line of the driver's log while a phase takes long.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,8 +24,14 @@ from rich.text import Text
 
 from slurmkit.report.rows import PHASES, Row, Tail
 
-# Not on a terminal: a line for every validation, and at least one in this many seconds.
+# Not on a terminal: a line of figures for every validation, and one in this many seconds.
 _LINE_EVERY = 20.0
+# There, at most one of the log's lines in this many seconds.
+_LOG_LINE_EVERY = 10.0
+# The log's line for a step says what the figures say.
+_STEP = re.compile(r"step \d+/\d+  ")
+# Bytes at the log's end that hold its last line.
+_END = 4096
 # Steps whose mean tells the time left and the phases.
 _RECENT = 20
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -36,6 +48,7 @@ class RunProgress:
         self._console = console
         self._figures = Figures()
         self._text, self._said = "", time.monotonic()
+        self._log_line, self._logged = "", -math.inf
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -50,25 +63,32 @@ class RunProgress:
             self._live.stop()
 
     def update(self, log: Path, head: str = "") -> None:
-        """Show the newest step, or before the first one the driver's last line; `head` above it where it is drawn."""
+        """Show the newest step and the driver's last line; `head` above them where they are drawn."""
         rows, is_anew = self._tail.read()
         self._figures.take(rows, is_anew)
         if self._live is not None:
             self._live.update(self.drawn(log, head), refresh=True)
             return
-        last = "" if self._figures.latest else _last_line(log)
-        text = self._figures.line() if self._figures.latest else last and f"{log.name}: {last}"
+        now, text, log_line = time.monotonic(), self._figures.line(), _last_line(log)
         is_validation = any("val:accuracy" in row for row in rows)
-        if text != self._text and (is_validation or time.monotonic() - self._said > _LINE_EVERY):
-            self._text, self._said = text, time.monotonic()
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if text != self._text and (is_validation or now - self._said > _LINE_EVERY):
+            self._text, self._said, self._logged = text, now, now
+            self._print(text)
+        elif log_line not in ("", self._log_line) and now - self._logged > _LOG_LINE_EVERY:
+            self._log_line, self._logged = log_line, now
+            self._print(f"{log.name}: {log_line}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def drawn(self, log: Path, head: str = "") -> RenderableType:
         """What stands on a terminal now."""
         title = [self._words(head, "bold")] if head else []
+        log_line = _last_line(log)
         if not self._figures.latest:
-            return Group(*title, self._words(_last_line(log) or "starting", "dim"))
-        return Group(*title, self._figures.drawn(self._console.width, is_plain=self._is_plain))
+            return Group(*title, self._words(log_line or "starting", "dim"))
+        figures = self._figures.drawn(self._console.width, is_plain=self._is_plain)
+        return Group(*title, figures, *([self._words(log_line, "dim")] if log_line else []))
 
     @property
     def _is_plain(self) -> bool:
@@ -111,7 +131,9 @@ class Figures:
         return mean * max(0.0, self.latest["last_step"] - self.latest["step"])
 
     def line(self) -> str:
-        """All of it in one line."""
+        """All of it in one line, "" before the first step."""
+        if not self.latest:
+            return ""
         parts = [self._step()]
         for name, label in (("train:reward_mean", "reward"), ("val:accuracy", "accuracy")):
             if name in self.latest:
@@ -187,8 +209,12 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _last_line(log: Path) -> str:
+    """Return the log's last line without its colours, "" if it is that of a step."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
+            lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
-    return Text.from_ansi(lines[-1]).plain if lines else ""
+    line = Text.from_ansi(lines[-1]).plain if lines else ""
+    return "" if _STEP.match(line) else line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -69,8 +69,9 @@ async def collect(
     sampling: Sampling,
     limits: Limits,
     weight_version: int = 0,
+    finished: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """Play `episodes_per_task` episodes of every task, all concurrently.
+    """Play `episodes_per_task` episodes of every task, all concurrently. Call `finished` after each one.
 
     `weight_version` is that of the present weights, for who plays episodes without being told.
 
@@ -92,6 +93,8 @@ async def collect(
             return await run_episode(task, environment, policy, chat, sampling, limits)
         except BrokenEnvironment as error:
             return str(error)
+        finally:
+            finished()
 
     rollouts = [task for task in tasks for _ in range(episodes_per_task)]
     played = await together(*map(play, rollouts, sampling.of_episodes(len(rollouts))))

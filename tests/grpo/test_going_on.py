@@ -142,7 +142,10 @@ def test_slurmkit_run_ends_its_training_when_killed_and_resumes_at_once(whole: R
     all_end(training, seconds=0)
     assert again.returncode == 0, again.stderr
     assert "waiting up to 60 s until its processes have ended" in again.stdout
-    assert "going on after step 3" in (folder / "attempts/local-2/driver.log").read_text()
+    log = (folder / "attempts/local-2/driver.log").read_text().splitlines()
+    assert log[0] == "importing torch and Ray"
+    assert log[1].startswith("going on after step 3")
+    assert log[2:4] == ["starting Ray", f"loading {folder}/step_3/model (policy ranks: 1, engines: 1)"]
     assert without_times(folder) == without_times(whole.folder)
 
 

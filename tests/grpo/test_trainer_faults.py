@@ -25,6 +25,7 @@ LONG = "grpo.max_num_steps=100000"
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path) -> None:
     driver = start(tmp_path, TINY, "policy.from_scratch.supervised_steps=100000")
     assert driver.stdout is not None
+    assert driver.stdout.readline() == "importing torch and Ray\n"
     assert driver.stdout.readline().startswith("making a model")
     driver.terminate()
     left = ended(driver, tmp_path, timeout=60)

@@ -59,6 +59,42 @@ def test_before_the_first_step_the_driver_s_last_line_is_shown_without_its_colou
     assert screen.getvalue() == "driver.log: (PolicyWorker pid=7) loading [bold]\n"
 
 
+def test_lines_of_the_log_come_at_most_every_10_s_and_never_instead_of_a_step(
+    tmp_path: Path, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("slurmkit.report.terminal.time.monotonic", lambda: now)
+    log, metrics = appender(tmp_path / "driver.log"), appender(tmp_path / "metrics.jsonl")
+    with progress(tmp_path, screen) as shown:
+        for second in range(60):
+            now = 100.0 + second
+            log(f"step {1 + second // 25}: rollout: {second} of 60 episodes, {second} s\n")
+            if second in (25, 50):
+                log(f"step {second // 25}/10  reward 0.25\n")
+                metrics(line(second // 25, **{"train:reward_mean": 0.25}))
+            shown.update(tmp_path / "driver.log")
+    told = [text.removeprefix("driver.log: ")[:18] for text in screen.getvalue().splitlines()]
+    assert told == [
+        *["step 1: rollout: 0", "step 1: rollout: 1", "step 1: rollout: 2"],
+        *["step 1/10  reward ", "step 2: rollout: 3", "step 2: rollout: 4"],
+        *["step 2/10  reward "],
+    ]
+
+
+def test_a_terminal_shows_the_log_s_last_line_below_the_figures(tmp_path: Path, screen: io.StringIO) -> None:
+    console = Console(file=screen, force_terminal=True, width=90, color_system=None)
+    log = tmp_path / "driver.log"
+    (tmp_path / "metrics.jsonl").write_text(line(1, **{"time:step": 4.0}))
+    with RunProgress(tmp_path, console, whole=True) as shown:
+        shown.update(log)
+        log.write_text("step 1/10  4.00 s\n")
+        console.print(shown.drawn(log))
+        assert "4.00 s\n" not in screen.getvalue(), "the figures say it"
+        log.write_text("step 1/10  4.00 s\nvalidation after step 1: 12 of 64 episodes, 25 s\n" * 500)
+        console.print(shown.drawn(log))
+    assert "validation after step 1: 12 of 64 episodes, 25 s" in screen.getvalue()
+
+
 def test_half_a_line_waits_for_its_end(tmp_path: Path, screen: io.StringIO) -> None:
     append = appender(tmp_path / "metrics.jsonl")
     whole = line(3, **{"val:accuracy": 0.5})

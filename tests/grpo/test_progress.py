@@ -1,0 +1,50 @@
+"""What the log says of a phase that takes long."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from slurmkit.grpo import progress
+from slurmkit.grpo.progress import Count, reported
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST", 0.05)
+    monkeypatch.setattr(progress, "_EVERY", 0.05)
+
+
+def test_a_long_phase_logs_its_episodes_as_they_finish(capsys: pytest.CaptureFixture[str]) -> None:
+    count = Count(total=3)
+
+    async def play() -> str:
+        for _ in range(3):
+            await asyncio.sleep(0.2)
+            count.add()
+        return "groups"
+
+    assert asyncio.run(reported("step 2: rollout", play(), count)) == "groups"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 2: rollout: 0 of 3 episodes, 0 s"
+    assert any("2 of 3" in line for line in lines)
+
+
+def test_a_short_phase_logs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(reported("loading", asyncio.sleep(0)))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_phase_that_stands_still_logs_when_its_time_has_doubled(capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(reported("loading", asyncio.sleep(1)))
+    assert 3 <= len(capsys.readouterr().out.splitlines()) <= 5
+
+
+def test_a_failure_is_raised_while_a_phase_is_reported() -> None:
+    async def fail() -> None:
+        await asyncio.sleep(0.1)
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(reported("loading", fail()))
