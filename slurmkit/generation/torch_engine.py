@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 import torch
@@ -142,28 +143,27 @@ class TorchEngine:
             )
             for request in requests
         ]
+        # The requests of a group share a prompt, which is computed once.
+        prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
+        place = {prompt: index for index, prompt in enumerate(prompts)}
         # Left padding: every row's newest token is in the last column.
-        width = max(len(request.prompt_ids) for request in requests)
-        ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-        attended_BT = torch.zeros(len(rows), width, dtype=torch.long)
-        for b, request in enumerate(requests):
-            ids_BT[b, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            attended_BT[b, width - len(request.prompt_ids) :] = 1
+        width = max(map(len, prompts))
+        ids_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+        attended_BT = torch.zeros(len(prompts), width, dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+            attended_BT[b, width - len(prompt) :] = 1
         ids_BT, attended_BT = ids_BT.to(self._device), attended_BT.to(self._device)
         positions_BT = (attended_BT.cumsum(-1) - 1).clamp(min=0)
-        cache = None
+        output = self._forward(ids_BT, attended_BT, positions_BT, None)
+        cache, logits_BV = output.past_key_values, output.logits[:, -1].float()
+        if len(prompts) < len(rows):
+            place_B = torch.tensor([place[request.prompt_ids] for request in requests], device=self._device)
+            cache.batch_select_indices(place_B)
+            logits_BV, attended_BT, positions_BT = logits_BV[place_B], attended_BT[place_B], positions_BT[place_B]
         sampling = rows
         while True:
-            output = self._model(
-                input_ids=ids_BT,
-                attention_mask=attended_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            token_B = self._draw(output.logits[:, -1].float(), sampling)
+            token_B = self._draw(logits_BV, sampling)
             unfinished = [b for b, row in enumerate(sampling) if self._reason(row) is None]
             if not unfinished:
                 return [self._completion(row.token_ids, row.logprobs, self._reason(row) or "stop") for row in rows]
@@ -175,6 +175,18 @@ class TorchEngine:
             ids_BT = token_B[:, None]
             attended_BT = torch.cat([attended_BT, torch.ones_like(ids_BT)], dim=1)
             positions_BT = positions_BT[:, -1:] + 1
+            logits_BV = self._forward(ids_BT, attended_BT, positions_BT, cache).logits[:, -1].float()
+
+    def _forward(self, ids_BT: torch.Tensor, attended_BT: torch.Tensor, positions_BT: torch.Tensor, cache: Any) -> Any:
+        """Compute the next token's logits and extend the cache."""
+        return self._model(
+            input_ids=ids_BT,
+            attention_mask=attended_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
     def _draw(self, logits_BV: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
         """Add one token to each row by inverting the cumulative distribution at the row's own uniform number."""

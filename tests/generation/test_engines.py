@@ -277,3 +277,17 @@ def test_numbers_of_any_type_have_the_digest_of_their_bytes() -> None:
     numbers = {"b": torch.arange(6, dtype=torch.bfloat16).view(2, 3).T, "a": torch.ones(1)}
     assert digest(numbers) == digest(dict(reversed(numbers.items())))
     assert digest(numbers) != digest({**numbers, "a": torch.zeros(1)})
+
+
+def test_the_torch_engine_computes_a_shared_prompt_once(model_path: Path) -> None:
+    engine = Torch(model_path, precision="float32", max_total_length=MAX_TOTAL_LENGTH, max_batch_size=64)
+    rows = list[int]()
+    engine._engine._model.register_forward_pre_hook(
+        lambda model, arguments, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    asked = [Request(prompt, SamplingParams(1.0, 4, seed)) for seed in range(8) for prompt in PROMPTS[:2]]
+    alone = [engine.generate([request])[0] for request in asked]
+    rows.clear()
+    together = engine.generate(asked)
+    assert rows[0] == 2
+    assert tokens(together) == tokens(alone)
