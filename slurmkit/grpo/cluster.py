@@ -212,6 +212,9 @@ def _need_backend(config: TrainConfig) -> None:
 
 
 def _threads(config: TrainConfig) -> int:
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given):
+        return int(given)
     return max(1, len(os.sched_getaffinity(0)) // max(1, config.cluster.gpus_per_node))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+from tiny import tiny_config
+
+from slurmkit.grpo import cluster
 
 # Brings up the nodes, then answers each configuration with the layout: for each rank and engine, node and GPUs.
 PROGRAM = """
@@ -130,3 +134,12 @@ def test_more_gpus_than_ray_has_are_refused_with_what_it_has(layout_of: Asks) ->
     message = layout_of({"num_nodes": 2, "gpus_per_node": 5, "placement_timeout_seconds": 1.0})
     assert "no room for the run after 1 s: it asks for 2 node(s) with 1 CPU and 5 GPU each" in message
     assert "Ray has 2 node(s): 1 CPU, 4 GPU; 1 CPU, 4 GPU" in message
+
+
+def test_a_rank_and_an_engine_have_as_many_threads_as_the_user_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for given, threads in {"3": 3, "": 8, "0": 8, "4,2": 8}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert cluster._threads(tiny_config(tmp_path)) == threads
