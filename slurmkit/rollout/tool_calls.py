@@ -1,6 +1,7 @@
 """Tool calls, read from what a model says.
 
-hermes (Nous Hermes, Qwen): `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as many as it likes.
+hermes (Nous Hermes, Qwen): `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as many as it likes. SmolLM2 writes
+a list of calls between the same tags.
 llama3_json (Llama 3.1 and later): a reply that is `{"name": …, "parameters": {…}}`, also after `<|python_tag|>`, and
 several with `;` between. nemotron (Nemotron Nano v2): `<TOOLCALL>[{"name": …, "arguments": {…}}, …]</TOOLCALL>`.
 
@@ -96,9 +97,10 @@ def _blocks(said: str, parser: ToolParser) -> Iterator[tuple[int, int, list[Any]
     """Each block between tags: where it stands, and what should be calls."""
     for block in _BLOCKS[parser].finditer(said):
         found = _loaded(block[1])
-        if parser == "nemotron" and not isinstance(found, _Unreadable):
-            found = found if isinstance(found, list) and found else _Unreadable("it is no list with calls in it")
-        yield block.start(), block.end(), found if isinstance(found, list) and parser == "nemotron" else [found]
+        wants_list = parser == "nemotron" and not isinstance(found, _Unreadable | list)
+        if wants_list or found == []:
+            found = _Unreadable("it is no list with calls in it")
+        yield block.start(), block.end(), found if isinstance(found, list) else [found]
 
 
 def _objects(said: str) -> Iterator[tuple[int, int, list[Any]]]:

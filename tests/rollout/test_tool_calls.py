@@ -54,6 +54,7 @@ def test_a_call_is_read_and_what_is_beside_it_stays(parser: ToolParser, text: st
     ("parser", "text"),
     [
         ("hermes", f"<tool_call>{LOOK}</tool_call>\n<tool_call>{LOOK}</tool_call>"),
+        ("hermes", f"<tool_call>[{LOOK}, {LOOK}]</tool_call>"),  # SmolLM2
         ("llama3_json", f"{LOOK}; {LOOK}"),
         ("nemotron", f"<TOOLCALL>[{LOOK}, {LOOK}]</TOOLCALL>"),
     ],
