@@ -99,13 +99,19 @@ class Chat:
         return self.prompt(Opening(tuple(messages))).ids
 
     def _opened(self, opening: Opening) -> Prompt:
-        """What the model is given first. UserError where there are tools that nobody could read the calls of."""
+        """What the model is given first. UserError for tools that the prompt omits or whose calls cannot be read."""
         if opening.tools and self._tool_parser is None:
             raise UserError(
                 f"policy.generation.tool_parser null: the chat template of {self._model_path} has tools called in no "
                 "form that is known here: set it to hermes, llama3_json or nemotron, whichever the model writes"
             )
         text = self._text(opening.messages, opening.tools)
+        if opening.tools and not any(tool.name in text for tool in opening.tools):
+            raise UserError(
+                f"policy.tokenizer.chat_template: the chat template of {self._model_path} writes no tools, so the "
+                "model would never see those of the environment: set policy.tokenizer.chat_template to a file whose "
+                "template writes them"
+            )
         ids, shown = self._encoded(text), self._shown(opening, text)
         if shown != opening.tools:
             text = self._text(opening.messages, shown)

@@ -178,7 +178,8 @@ def test_calls_between_special_tokens_are_seen_and_the_rest_is_without(
 def test_a_run_s_template_variables_and_form_of_calls_are_those_that_are_used(tmp_path: Path) -> None:
     talk = make_talk(tmp_path, "qwen3")
     template = tmp_path / "own.jinja"
-    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}{{ mood }}")
+    tools = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    template.write_text(tools + "{% for message in messages %}{{ message.content }}{% endfor %}{{ mood }}")
     policy = Policy(
         model_name=str(tmp_path),
         tokenizer=TokenizerCfg(chat_template=str(template), chat_template_kwargs={"mood": " gladly"}),
@@ -194,6 +195,17 @@ def test_a_run_s_template_variables_and_form_of_calls_are_those_that_are_used(tm
     template.unlink()
     with pytest.raises(UserError, match=r"policy.tokenizer.chat_template .*own.jinja: cannot be read: .*No such file"):
         Chat.of(tmp_path, policy)
+
+
+def test_a_template_that_writes_no_tools_is_refused_with_the_key_to_set(tmp_path: Path) -> None:
+    make_talk(tmp_path, "qwen3")
+    blind = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    chat = Chat(tmp_path, tool_parser="hermes", template=blind)
+    assert chat.prompt(Opening(USER)).text == "hello"
+    with pytest.raises(UserError, match=r"writes no tools.* set policy\.tokenizer\.chat_template to"):
+        chat.prompt(Opening(USER, TOOLS))
+    described = Message("system", "Call look or write.")  # the environment writes them itself
+    assert chat.prompt(Opening((described, *USER), TOOLS)).tools == TOOLS
 
 
 def test_a_template_that_refuses_a_conversation_is_named_with_its_reason(
