@@ -53,6 +53,14 @@ def need_shared_data(relative: str) -> Path:
     return path
 
 
+def need_smollm2() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, a real pretrained model."""
+    path = REPOSITORY / "models" / "smollm2-135m"
+    if not (path / "config.json").exists():
+        missing(f"needs {path} (scripts/get_smollm2 makes it)")
+    return path
+
+
 def need_slurm() -> None:
     """Root and Debian's Slurm: what scripts/devcluster needs."""
     if os.geteuid() != 0:
