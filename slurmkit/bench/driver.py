@@ -119,7 +119,7 @@ class _Rank:
     async def call(self, method: str, *arguments: Any) -> Any:
         match method:
             case "update":
-                sums = LossSums(tokens=1.0, ratio_min=1.0, ratio_max=1.0)
+                sums = LossSums(tokens=1.0, sequences=1.0, ratio_min=1.0, ratio_max=1.0)
                 return StepResult(sums, grad_norm=0.0, lr=0.0, seconds={}, peak_memory_gib=0.0)
             case "lay_weights":
                 return {"shared": SimpleNamespace(version=0)}

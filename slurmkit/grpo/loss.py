@@ -83,6 +83,7 @@ def policy_loss(
                 "engine_kl": _k3(prev_T - sampled_T),
                 "correction": correction_T,
                 "out_of_bounds": is_out_T,
+                "sequence_correction": correction_T * shares_T,
                 "sequences_out_of_bounds": is_out_T * shares_T,
             },
             ratio_T,

@@ -31,6 +31,7 @@ class LossSums:
     engine_kl: float = 0.0
     correction: float = 0.0
     out_of_bounds: float = 0.0
+    sequence_correction: float = 0.0
     sequences_out_of_bounds: float = 0.0
     ratio_min: float = inf
     """The least, not a sum."""
@@ -75,10 +76,13 @@ class LossSums:
 
     def engine_metrics(self, loss_fn: LossFn) -> dict[str, float]:
         """How far the engine's logprobs are from the policy's own for the same weights, per trained token."""
+        weight = self.correction / self.tokens
+        if loss_fn.corrects_sequences:
+            weight = self.sequence_correction / self.sequences
         metrics = {
             "train:token_mult_prob_error": self.probability_error / self.tokens,
             "train:gen_kl_error": self.engine_kl / self.tokens,
-            "train:sampling_importance_ratio": self.correction / self.tokens,
+            "train:sampling_importance_ratio": weight,
         }
         if loss_fn.truncated_importance_sampling_type == "seq-mask-tis":  # keeps or drops whole sequences
             metrics["train:is_oob_ratio"] = self.sequences_out_of_bounds / self.sequences

@@ -371,6 +371,18 @@ def test_is_oob_ratio_counts_sequences_with_seq_mask_tis() -> None:
     assert found == pytest.approx({"seq-mask-tis": 1 / 3, "icepop": 2 / 6})
 
 
+def test_the_mean_weight_is_over_sequences_if_a_sequence_has_one() -> None:
+    """Weights 1.5 and 2 · 2 · 2 = 8 of sequences of 1 and 3 trained tokens: the mean is 4.75, over tokens 6.375."""
+    prev = [math.log(ratio) - 1.0 for ratio in (9.0, 1.5, 9.0, 2.0, 2.0, 2.0)]
+    batch = a_batch(prev, [-1.0] * 6, [1.0] * 6, lengths=(2, 4), mask=[False, True, False, True, True, True], prev=prev)
+    options = {"use_importance_sampling_correction": True, "sequence_level_importance_sampling": True}
+    _, sums = compute(*batch, **options)
+    assert sums.engine_metrics(LossFn(**options))["train:sampling_importance_ratio"] == pytest.approx(4.75)
+    options["sequence_level_importance_sampling"] = False
+    _, sums = compute(*batch, **options)
+    assert sums.engine_metrics(LossFn(**options))["train:sampling_importance_ratio"] == pytest.approx(1.875)
+
+
 def test_a_small_constant_mismatch_costs_a_long_sequence_under_a_weight_of_sequences_and_no_token() -> None:
     """0.012 on each of 100 tokens is a product of 3.3, above the usual bound of 3; every token's weight is 1.012."""
     logprobs_T, batch = a_batch([-1.0] * 100, [-1.012] * 100, [1.0] * 100, prev=[-1.0] * 100)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_config
+from torch import distributed
 
 from slurmkit.config.model import SchedulerPart
 from slurmkit.config.section import ValidationError
-from slurmkit.grpo.optimizer import LearningRate
+from slurmkit.grpo.optimizer import LearningRate, clip_gradients
 
 PREFIX = "torch.optim.lr_scheduler."
 WARM_UP: list[dict[str, Any]] = [
@@ -68,3 +69,15 @@ def test_schedulers_that_cannot_be_are_refused(parts: list[dict[str, Any]], mess
     with pytest.raises(ValidationError, match=message):
         tiny_config(tmp_path, policy={"scheduler": parts})
     assert tiny_config(tmp_path, policy={"scheduler": WARM_UP}).policy.scheduler is not None
+
+
+@pytest.mark.parametrize(("limit", "scale"), [(None, 1.0), (10.0, 1.0), (1.0, 0.2)])
+def test_gradients_are_scaled_down_to_the_limit_if_there_is_one(limit: float | None, scale: float) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([3.0, -4.0])
+        assert clip_gradients([parameter], limit) == pytest.approx(5.0)
+        assert parameter.grad.tolist() == pytest.approx([3.0 * scale, -4.0 * scale], rel=1e-5)
+    finally:
+        distributed.destroy_process_group()
