@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from slurmkit.config.section import AfterValidator, Field, Section, model_serializer, model_validator
 from slurmkit.errors import Failure
-from slurmkit.job.values import AbsolutePath, Line, Name
+from slurmkit.job.values import AbsolutePath, Line, Name, OptionWord
 
 if TYPE_CHECKING:
     from slurmkit.job.spec import JobSpec
@@ -81,6 +81,8 @@ class Container(Section):
     """Whether the image's own files can be changed inside."""
     name: Name | None = None
     """Keep the container on its nodes under this name, and use it again; by default each job has a fresh one."""
+    options: tuple[OptionWord, ...] = ()
+    """Further options of the runtime, a word each: `--nvccli`, `--device=/dev/infiniband`, `--container-remap-root`."""
     check: tuple[Literal["image", "mounts", "runtime"], ...] = (
         "image",
         "mounts",

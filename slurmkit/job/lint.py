@@ -65,6 +65,7 @@ def specs(known: list[str]) -> dict[str, JobSpec]:
             **{"until_done": {"enabled": True, "max_hours": 48.5}, "watchdog": 60, "time": "4:00:00", "nodes": 2},
             "config": "grpo: {seed: 1}\n",
         },
+        "srun": {"srun": ["--cpu-bind=none"]},
         "secrets": {"secrets": {name: {"env": name} for name in ("HF_TOKEN", "WANDB_API_KEY")}},
         **{f"GRES: {form}": keys for form, keys in _GRES.items()},
     }

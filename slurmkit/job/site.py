@@ -19,7 +19,7 @@ from slurmkit.config.validate import known_keys, nearest, origin_of, shown, vali
 from slurmkit.errors import UserError
 from slurmkit.job.container import Mount, expand_places
 from slurmkit.job.layers import EXTRA_KEYS, absolute, anchor_paths
-from slurmkit.job.site_options import counted_gpus, option_refusals
+from slurmkit.job.site_options import counted_gpus, mounting_options, option_refusals
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.values import Word, gpus_in_gres, gpus_of, megabytes_of, minutes_of
 
@@ -178,6 +178,7 @@ class Site:
         yield from option_refusals(self, spec, source)
         if spec.container.runtime != "none":
             yield from self._forbidden_mounts(spec, source)
+            yield from mounting_options(self, spec, source)
         own_env = [("env", name) for name in spec.env if name not in self.rules.add.env]
         for index, pattern in enumerate(self.rules.forbid.env):
             for key in (*own_env, *(("secrets", name) for name in spec.secrets)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ _KEYS = {
     "container": ("container",),
 }
 
+# Of srun with pyxis, apptainer and podman; srun accepts the beginning of an option.
+_MOUNTS = re.compile(
+    r"-[BvHS]|--(bind|mount|volume|home|scratch|overlay|fusemount|workdir|rootfs|root|tmpfs|container-mo|container-m\b)"
+)
+
 
 def option_refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
     """Yield a refusal for each option under `sbatch` that acts on a key for which the site has a rule."""
@@ -50,6 +56,21 @@ def option_refusals(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
                 f"sbatch.{option}: {shown(value)} ({origin_of(source, ('sbatch', option))}) cannot be set: it does "
                 f"what {_KEYS[full][0]} does, and the site has a rule for {key} ({place})"
             )
+
+
+def mounting_options(site: Site, spec: JobSpec, source: Source) -> Iterator[str]:
+    """Yield a refusal for each option of srun or the runtime that mounts folders, where the site forbids some."""
+    if not site.rules.forbid.mounts:
+        return
+    defaults = site.defaults(spec.partition).data
+    by_site = [*(defaults.get("srun") or ()), *((defaults.get("container") or {}).get("options") or ())]
+    for key, words in (("srun", spec.srun), ("container.options", spec.container.options)):
+        for word in words:
+            if _MOUNTS.match(word) and word not in by_site:
+                yield (
+                    f"{key}: {word!r} ({origin_of(source, tuple(key.split('.')))}) cannot be set: it mounts folders, "
+                    f"and the site forbids some ({site.place('forbid', 'mounts')}): use container.mounts"
+                )
 
 
 def _rules_for(site: Site, spec: JobSpec, key: str) -> Iterator[tuple[str, str]]:

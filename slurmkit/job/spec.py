@@ -20,6 +20,7 @@ from slurmkit.job.values import (
     Line,
     Memory,
     Name,
+    OptionWord,
     Signal,
     Time,
     Umask,
@@ -46,6 +47,24 @@ def _option(option: str) -> str:
 
 
 Option = Annotated[str, AfterValidator(_option)]
+
+# Options of srun that the rendered script sets, or that would break it. srun accepts the beginning of a long option.
+_OF_STEP = (
+    "nodes ntasks ntasks-per-node kill-on-bad-exit export jobid multi-prog pty chdir output error input het-group "
+    "unbuffered wait"
+)
+
+
+def _srun_option(word: str) -> str:
+    name = word.partition("=")[0].lstrip("-")
+    is_own = name.startswith("container") or any(own.startswith(name) for own in _OF_STEP.split())
+    if is_own if word.startswith("--") else word[1] in "NnKDoeiu":
+        where = "; options of pyxis go into container.options" if name.startswith("container") else ""
+        raise ValueError(f"{word.partition('=')[0]} is set by slurmkit itself{where}")
+    return word
+
+
+SrunOption = Annotated[OptionWord, AfterValidator(_srun_option)]
 
 
 class RayOptions(Section):
@@ -149,6 +168,8 @@ class JobSpec(Section):
     """A comment that Slurm stores with the job."""
     sbatch: dict[Option, Line | bool] = {}
     """Any other option of sbatch by its long name without dashes; true for an option without a value."""
+    srun: tuple[SrunOption, ...] = ()
+    """Further options of the one srun that starts all nodes, a word each: `--cpu-bind=none`, `--mpi=pmix`."""
 
     container: Container = Container()
     """What the job's processes run in."""
@@ -299,8 +320,8 @@ class JobSpec(Section):
 
 
 _NO_DIRECTIVES = (
-    "until_done watchdog sbatch container ray env secrets umask prologue setup epilogue python workdir run_dir command "
-    "config"
+    "until_done watchdog sbatch srun container ray env secrets umask prologue setup epilogue python workdir run_dir "
+    "command config"
 )
 DIRECTIVES = tuple(key for key in JobSpec.model_fields if key not in _NO_DIRECTIVES.split())
 OWN_OPTIONS = {key.replace("_", "-") for key in DIRECTIVES} | {

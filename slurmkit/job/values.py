@@ -127,6 +127,12 @@ def _interpreter(value: str) -> str:
     return _path(value) if "/" in value else _name(value)
 
 
+def _option_word(value: str) -> str:
+    if not re.fullmatch(r"-[A-Za-z].*|--[A-Za-z].*", value, re.DOTALL):
+        raise ValueError(f"{value!r} is not an option in one word, such as --NAME or --NAME=VALUE")
+    return value
+
+
 def _environment_name(name: str) -> str:
     if not _ENVIRONMENT_NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name an environment variable")
@@ -152,6 +158,7 @@ def _number_as_text(value: object) -> object:
 # In a YAML file `mem: 64` and `OMP_NUM_THREADS: 8` are numbers, and mean the same as the text.
 Line = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_one_line), AfterValidator(no_secret)]
 Word = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_no_nul), AfterValidator(no_secret)]
+OptionWord = Annotated[Word, AfterValidator(_option_word)]
 Name = Annotated[str, AfterValidator(_name)]
 EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 AbsolutePath = Annotated[str, AfterValidator(_path)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,23 @@ def test_a_percent_sign_in_the_run_directory_is_not_a_file_pattern() -> None:
     assert 'output="/a b/100%%/slurm-%j.out"' in directives(render(spec(run_dir="/a b/100%")))
 
 
+@pytest.mark.parametrize(
+    ("runtime", "image"),
+    [("pyxis", "/i.sqsh"), ("apptainer", "/i.sif"), ("podman", "/i"), ("podman", "docker.io/library/i")],
+)
+def test_further_options_of_runtime_and_srun_stand_quoted_before_what_runs(runtime: str, image: str) -> None:
+    words = ["--env=A=it's $HOME", "-x", "--label=$(id)"]
+    job = spec(
+        srun=["--cpu-bind=none", "--comment=a b"], container={"runtime": runtime, "image": image, "options": words}
+    )
+    lines = render(job).splitlines()
+    assert "sk_step+=(--cpu-bind=none '--comment=a b')" in lines
+    at = lines.index(f"sk_container+=({shlex.join(words)})")
+    image_at = [number for number, line in enumerate(lines) if image in line and "sk_container" in line][-1]
+    assert at > image_at if runtime == "pyxis" else at < image_at, "options stand before the image"
+    assert "sk_step+=(--cpu-bind" not in render(spec())
+
+
 def settings_of(script: str) -> str:
     """The parts of a script that only assign: what runs, where, and the environment."""
     return (
@@ -301,6 +319,18 @@ def test_a_gpu_type_may_begin_with_a_digit(keys: dict[str, str], gpus: int) -> N
         ({"until_done": {"enabled": True}, "array": "0-3"}, "until_done and array exclude each other"),
         ({"until_done": {"enabled": True}, "requeue": True}, "until_done and requeue exclude each other"),
         ({"watchdog": 0}, "greater than 0"),
+        ({"srun": ["cpu-bind"]}, "is not an option in one word, such as --NAME or --NAME=VALUE"),
+        ({"srun": ["--"]}, "is not an option in one word"),
+        ({"srun": ["--ntasks=2"]}, "--ntasks is set by slurmkit itself"),
+        ({"srun": ["--expo=NONE"]}, "--expo is set by slurmkit itself"),
+        ({"srun": ["-N2"]}, "-N2 is set by slurmkit itself"),
+        ({"srun": ["--container-mounts=/a"]}, "options of pyxis go into container.options"),
+        ({"srun": ["--comment=hf_abcdefghijklmnopqrstuvwx"]}, "holds what looks like a Hugging Face token"),
+        (
+            {"container": {"runtime": "podman", "image": "/i", "options": ["--env=MY_API_KEY=x"]}},
+            "gives MY_API_KEY a value",
+        ),
+        ({"container": {"options": ["--nv"]}}, "options need a container"),
     ],
 )
 def test_a_value_that_no_script_can_carry_is_refused(keys: dict[str, object], message: str) -> None:

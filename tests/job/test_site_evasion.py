@@ -132,6 +132,22 @@ def test_pyxis_options_of_sbatch_do_not_evade_the_rules_for_containers(tmp_path:
     ]
 
 
+@pytest.mark.parametrize("word", ["--bind=/etc", "-B/etc:/x", "--volume=/etc:/x", "--container-mounts=/etc:/etc"])
+def test_options_of_the_runtime_do_not_mount_where_a_site_forbids_folders(tmp_path: Path, word: str) -> None:
+    site = contained(tmp_path, "/etc")
+    site.settle(container__options=["--device=/dev/infiniband"])
+    assert site.refusal(container__options=[word]) == [
+        f"container.options: {word!r} (command line: container.options) cannot be set: it mounts folders, and the site "
+        "forbids some (site.yaml:3): use container.mounts"
+    ]
+
+
+def test_further_options_can_be_locked(tmp_path: Path) -> None:
+    site = Site(tmp_path, "lock: [srun, container.options]\n")
+    refused = site.refusal(srun=["--mpi=pmix"], container={"runtime": "pyxis", "image": "a", "options": ["--x"]})
+    assert [line.partition(":")[0] for line in refused] == ["srun", "container.options"]
+
+
 def templates(folder: Path, block: str) -> str:
     mine = folder / "mine"
     mine.mkdir(exist_ok=True)
