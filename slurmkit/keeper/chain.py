@@ -47,7 +47,8 @@ class Chain:
         self.never_started = False
         """True if the previous attempt ended before its command started, and no node was lost."""
         self.step = newest_step(self.run)
-        previous = os.environ.get("SK_PREVIOUS", "")
+        # In the first node's environment only; the second reads it from the first one's record.
+        previous = os.environ.get("SK_PREVIOUS") or self._record(meeting.attempt, "start.json").get("previous") or ""
         start = self._record(previous, "start.json")
         if limits.until_done and start.get("job_id") == previous:
             end = self._record(previous, "end.json")
@@ -61,7 +62,8 @@ class Chain:
             self.failures = start["failures"] + 1 if has_failed else 0
 
     def _record(self, job: str, name: str) -> Dict[str, Any]:
-        text = text_of(os.path.join(self.run, "attempts", job + ".0", name)) if job else ""
+        folder = job if "." in job else job + ".0"
+        text = text_of(os.path.join(self.run, "attempts", folder, name)) if job else ""
         try:
             return dict(json.loads(text))
         except ValueError:

@@ -61,6 +61,23 @@ actor = Actor.remote()
 hanging = actor.sleeps_for_ever.remote(os.path.abspath("up"))
 ray.get(hanging)
 """
+# Has an actor on another node, and does not catch what happens to that.
+STEPS = """
+import os, time, ray
+from pathlib import Path
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=0, resources={f"node:{os.environ['ELSEWHERE']}": 0.01})
+class Actor:
+    def step(self):
+        return 1
+actor = Actor.remote()
+ray.get(actor.step.remote())
+Path("up").touch()
+while not Path("enough").exists():
+    time.sleep(0.2)
+    ray.get(actor.step.remote())
+"""
+ELSEWHERE = 'read -r _ ELSEWHERE _ <"$SK_MEET/ready.1"; export ELSEWHERE; exec python "$@"\n'
 EAT = """
 import ray
 ray.init(log_to_driver=False)
@@ -137,7 +154,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def here(machines: Cluster) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="slurmkit test ", dir="/var/tmp"))
-    for name, text in (("driver.py", DRIVER), ("hang.py", HANG), ("eat.py", EAT)):
+    for name, text in (("driver.py", DRIVER), ("hang.py", HANG), ("eat.py", EAT), ("steps.py", STEPS)):
         (path / name).write_text(text)
     yield path
     machines.ask("scancel", "--user", "root")
@@ -306,6 +323,49 @@ def test_a_node_whose_raylet_dies_is_left_out_of_the_next_attempt(
     assert " NodeList=node[1,3] " in shown
     (here / "enough").touch()
     assert job.end(following)["code"] == 0
+
+
+def kill_on(cluster: Cluster, node: str, name: str, number: int = 9) -> None:
+    cluster.on_node(node, "sh", "-c", f"kill -{number} $(ps -eo pid,comm | awk '$2 == \"{name}\" {{print $1}}')")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "bad_node"),
+    [
+        ("node dies", "no sign of life", "node2"),
+        ("raylet hangs", "Ray has marked it dead", "node2"),
+        ("no network", "Ray has marked it dead", "node2"),
+        ("GCS dies", "its GCS died", "node1"),
+    ],
+)
+def test_a_command_that_fails_because_of_a_node_is_resumed_without_it(
+    machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int, fault: str, reason: str, bad_node: str
+) -> None:
+    (here / "find.sh").write_text(ELSEWHERE)
+    job = submit(machines, here, "--until-done", command=("bash", "find.sh", "steps.py"))
+    job.is_up()
+    following = job.next()
+    began = time.time()
+    try:
+        if fault == "node dies":
+            machine(machines, "kill-node", "node2")
+        elif fault == "raylet hangs":
+            kill_on(machines, "node2", "raylet", 19)
+        elif fault == "no network":
+            machines.on_node("node2", "ip", "link", "set", "eth0", "down")
+        else:
+            kill_on(machines, "node1", "gcs_server")
+        end = job.end()
+        tell(f"{fault}, until the job's end is written", end["ended"] - began)
+        assert (end["code"], end["bad_nodes"], end["goes_on"]) == (75, [bad_node], True), end
+        assert f"node {bad_node}: {reason}" in end["reason"]
+        job.is_up(following)
+        (here / "enough").touch()
+        assert job.end(following)["code"] == 0
+    finally:
+        if fault == "node dies":
+            machine(machines, "start-node", "node2")
+        machines.on_node("node2", "ip", "link", "set", "eth0", "up")
 
 
 def test_a_driver_that_fails_ends_the_run_with_its_code_and_its_last_words(
@@ -535,6 +595,69 @@ def test_training_stops_after_three_attempts_in_a_row_without_a_newer_checkpoint
     assert "3 attempts in a row failed without a newer checkpoint than step_1" in ends[-1]["reason"]
 
 
+def test_a_setup_that_fails_everywhere_ends_the_run_after_two_attempts(machines: Cluster, here: Path, run: int) -> None:
+    job = submit(machines, here, "--until-done", job="setup: [no-such-module load cuda]\n")
+    first = job.end()
+    assert (first["bad_nodes"], first["goes_on"]) == ([], True)
+    assert "all 2 nodes failed: a line of setup" in first["reason"]
+    assert "no-such-module: command not found" in first["reason"]
+    end = job.end(job.next())
+    assert (end["code"], end["bad_nodes"], end["goes_on"]) == (75, [], False)
+    assert end["reason"].endswith("2 attempts in a row ended before the command started")
+
+
+def test_an_attempt_killed_hard_is_recorded_from_accounting(machines: Cluster, here: Path, run: int) -> None:
+    job = submit(machines, here, "--until-done")
+    job.is_up()
+    following = job.next()
+    machines.ask("scancel", "--batch", "--signal=KILL", job.job_id)
+    job.is_up(following)
+    end = job.end()
+    assert (end["code"], end["goes_on"]) == (137, True)
+    assert "the batch script was killed, before it recorded its end (Slurm: FAILED)" in end["reason"]
+    (here / "enough").touch()
+    assert job.end(following)["code"] == 0
+
+
+@pytest.fixture
+def small(here: Path) -> Iterator[Path]:
+    """Put the results on a file system of 100 MB."""
+    path = here / "results"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.mark.parametrize("fills", ["for good", "for a while"])
+def test_a_full_file_system_is_named_and_leaves_nothing_on_the_nodes(
+    machines: Cluster, here: Path, small: Path, run: int, fills: str
+) -> None:
+    full = "head -c 200M /dev/zero >results/full || true"
+    ends = {"for good": "exit 3", "for a while": "sleep 12; rm results/full; touch up; sleep 30"}[fills]
+    job = submit(machines, here, "--until-done", command=("bash", "-c", f"{full}; {ends}"))
+    if fills == "for a while":
+        job.is_up()
+        time.sleep(6)
+        assert not list(job.attempt().glob("bringup/lost.*"))
+        assert not (job.attempt() / "end.json").exists()
+        machines.ask("scancel", job.job_id)
+    end = job.end()
+    wait_until(lambda: left_on(machines, "node1") + left_on(machines, "node2") == [], "nothing is left")
+    if fills == "for good":
+        assert (end["code"], end["goes_on"]) == (3, False)
+        shown = machines.slurmkit(here, "status", "x").stdout
+        assert f"no space left on {job.run_dir} (No space left on device)" in shown
+
+
+def test_submit_wait_until_done_waits_for_the_run(machines: Cluster, here: Path, run: int) -> None:
+    (here / "job.yaml").write_text("name: x\nnodes: 1\ntime: 10\nray: {num_cpus: 1, object_store_memory: 100000000}\n")
+    command = "[[ -e again ]] || { touch again; exit 85; }; exit 7"
+    done = machines.slurmkit(here, "submit", "job.yaml", "--until-done", "--wait", "--", "bash", "-c", command)
+    assert done.returncode == 7, done.stdout + done.stderr
+    assert "x: failed: the command failed with exit code 7" in done.stdout
+
+
 def test_attempts_are_limited_and_the_environment_of_the_submission_reaches_the_last_of_them(
     machines: Cluster, here: Path, run: int
 ) -> None:
@@ -547,6 +670,6 @@ def test_attempts_are_limited_and_the_environment_of_the_submission_reaches_the_
     following = job.next()
     end = job.end(following)
     assert (end["code"], end["goes_on"]) == (85, False)
-    assert "no attempt is left of 2 (max_attempts)" in end["reason"]
+    assert "attempt 2 of 2 was the last (max_attempts)" in end["reason"]
     assert job.log().startswith("it's\n$HOME|||")
     assert job.log().replace(job.job_id, following) == job.log(following)
