@@ -33,7 +33,7 @@ COUNT = "import ray; ray.init(logging_level='error'); print('nodes', sum(node['A
 # Runs in one allocation; the head's port is any free one, told by Ray in its own folder.
 FLOOR = f"""#!/bin/bash
 set -euo pipefail
-export PATH={BIN}:$PATH RAY_AUTH_MODE=disabled RAY_TMP=/tmp/floor-$SLURM_JOB_ID
+export PATH={shlex.quote(str(BIN))}:"$PATH" RAY_AUTH_MODE=disabled RAY_TMP=/tmp/floor-$SLURM_JOB_ID
 began=$EPOCHREALTIME
 srun -N1 -n1 -w "$SLURMD_NODENAME" bash -c 'ray start --head --port=0 --include-dashboard=false \
   --temp-dir=$RAY_TMP {RAY} && cp $RAY_TMP/ray_current_cluster address.$SLURM_JOB_ID \
