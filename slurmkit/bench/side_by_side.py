@@ -55,7 +55,7 @@ class Settings:
     models: Sequence[str] = ("0.4M", "20M")
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
     steps: int = 4
-    prompts: int = 16
+    prompts: int = 8
     generations: int = 8
     micro_batch: int = 32
     max_new_tokens: int = 128

@@ -60,7 +60,7 @@ _BESIDE_TRL = {
     "alone": click.option("--alone", is_flag=True, default=None, help="slurmkit without TRL beside it."),
     "models": click.option("--models", metavar="NAME,NAME", help="Of tiny, 0.4M, 20M.  [default: 0.4M,20M]"),
     "seeds": click.option("--seeds", type=_Numbers(), help="Each side runs once for each seed.  [default: 1,2,3,4,5]"),
-    "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 16]"),
+    "prompts": click.option("--prompts", type=_POSITIVE, help="Tasks of a step.  [default: 8]"),
     "generations": click.option("--generations", type=click.IntRange(2), help="Completions of each.  [default: 8]"),
     "micro_batch": click.option("--micro-batch", type=_POSITIVE, help="Sequences of a micro-batch.  [default: 32]"),
     "max_new_tokens": click.option("--max-new-tokens", type=_POSITIVE, help="Of a completion.  [default: 128]"),

@@ -365,7 +365,7 @@ def test_a_figure_is_called_worse_beyond_one_percent_of_memory_or_fifteen_of_thr
         (["--fake-data", "--models", "0.4M"], "--models is for a measurement beside TRL: give it without --fake-data"),
         (["--shape", "tiny"], "--shape is for a measurement on fake data: give it with --fake-data"),
         (["--models", "1T"], "--models 1T: there is no such model; there are tiny, 0.4M, 20M"),
-        (["--micro-batch", "48"], "--micro-batch 48 must divide the 128 completions of a step"),
+        (["--micro-batch", "48"], "--micro-batch 48 must divide the 64 completions of a step"),
         (["--micro-batch", "4"], "hold whole groups of 8"),
         (["--trl-python", "/nowhere/python"], "--trl-python /nowhere/python: No such file or directory"),
         (["--trl-python", sys.executable], "it cannot import trl: ModuleNotFoundError: No module named 'trl'"),
