@@ -11,8 +11,8 @@ import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.errors import UserError
-from slurmkit.job.render import render
 from slurmkit.job.settle import settle
+from slurmkit.job.syntax import checked_script
 from slurmkit.run.directory import write_together
 
 
@@ -27,7 +27,7 @@ from slurmkit.run.directory import write_together
 def command(context: click.Context, /, out: Path | None, words: tuple[str, ...], **options: Any) -> None:
     """Print or write the sbatch file that submit would submit, byte for byte."""
     settled = settle(request_from(context, words, options), Path.cwd())
-    script = render(settled.spec, settled.templates)
+    script = checked_script(settled.spec, settled.templates)
     if out is None:
         click.echo(script, nl=False)
         return

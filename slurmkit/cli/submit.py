@@ -11,9 +11,9 @@ import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.errors import UserError
-from slurmkit.job.render import render
 from slurmkit.job.settle import settle
 from slurmkit.job.spec import JobSpec
+from slurmkit.job.syntax import checked_script
 from slurmkit.run import submit as queue
 from slurmkit.run.forecast import cost, start
 from slurmkit.run.patience import Patience
@@ -62,7 +62,7 @@ def command(
                 f"only a rendered file that is committed can be submitted ({rule}): slurmkit render … --out X.sbatch, "
                 "commit it with the X.json beside it, slurmkit submit X.sbatch"
             )
-        script = render(settled.spec, settled.templates)
+        script = checked_script(settled.spec, settled.templates)
     client = connect()
     patience = Patience(retry_for, lambda line: click.echo(line, err=True))
     if dry_run:

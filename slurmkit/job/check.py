@@ -10,7 +10,8 @@ from pathlib import Path
 
 from slurmkit import __version__
 from slurmkit.job.audit import HEAD_BYTES, RenderedFile, digest_of, header_of, sidecar_of
-from slurmkit.job.render import digest_of_templates, render
+from slurmkit.job.render import digest_of_templates
+from slurmkit.job.syntax import checked_script
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def check(rendered: RenderedFile) -> Checked:
         problems.append(f"slurmkit {version} rendered it, this is {__version__}")
     if digest_of_templates(rendered.folders) != templates:
         problems.append("the templates have changed since")
-    today = render(rendered.spec, rendered.folders)
+    today = checked_script(rendered.spec, rendered.folders)
     diff = diff_of(rendered.data, today.encode(), str(rendered.path), f"{rendered.path} rendered today")
     if diff and not problems:
         problems.append("it is rendered to other bytes today")

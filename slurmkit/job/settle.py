@@ -16,6 +16,7 @@ from slurmkit.errors import UserError
 from slurmkit.job.layers import Layer, absolute, anchor_paths, profile_layer, read_layers, site_file
 from slurmkit.job.secrets import as_mapping, read_secrets
 from slurmkit.job.spec import JobSpec
+from slurmkit.job.syntax import faults_in_lines
 
 if TYPE_CHECKING:
     from slurmkit.config.schema import TrainConfig
@@ -152,6 +153,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
             from slurmkit.job.site_templates import template_refusals
 
             _refuse(template_refusals(site, spec, source, folders))
+    _refuse(faults_in_lines(spec, source))
     in_layers = [None if site is None else site.path, *(layer.path for layer in layers)]
     files = [path for path in in_layers if path is not None]
     files += map(Path, sorted({match[1] for place in config_origins.values() if (match := _FILE.fullmatch(place))}))
