@@ -1,4 +1,5 @@
-"""A command inside a running job: on one of its nodes, in its container, with the environment of its own command.
+"""A command inside a running job: on one of its nodes, in its container, with the environment of its own command, but
+without slurmkit's variables.
 
 A job step that overlaps the bring-up's looks for a process of the job there and enters its namespaces. That is what
 pyxis, `enroot exec` and `podman exec` do too, but needs no name of a container, and works alike for all runtimes.
@@ -27,7 +28,8 @@ attempt=$1 meet=$2 inside=$3
 declare -a command="($4)"
 driver_first() {  # of the job's processes, the oldest; the command and its children alone have Slurm's variables
   local file field is_ray
-  while read -r file; do
+  while read -r file; do  # a job that was submitted from inside this one inherits the mark
+    ! grep -qszx 'SLURM_JOB_ID=.*' "$file" || grep -qszx "SLURM_JOB_ID=${attempt%.*}" "$file" || continue
     field=$(<"${file%environ}stat") || continue
     read -ra field <<<"${field##*) }"
     is_ray=0; grep -qsz '^SLURM_JOB_ID=' "$file" || is_ray=1
@@ -60,7 +62,7 @@ exec 4<&-
 for variable in "${variables[@]}"; do export "${variable?}"; done 2>/dev/null
 [[ -z $terminal ]] || export TERM=$terminal
 [[ -n ${RAY_ADDRESS:-} || -z $address ]] || export RAY_ADDRESS=$address
-unset variables variable name terminal address
+unset variables variable name terminal address "${!SK_@}"  # or a job that is submitted here would inherit the mark
 exec -- "$@"
 """
 

@@ -4,7 +4,7 @@ A run's processes carry SK_MARK in their environment, wherever they were reparen
 process that supervises a run without Slurm and when it began, or a job's `JOBID.RESTART`. A process that gives itself a
 title overwrites its environment, as Ray's agents do: all of a session with the mark of a run without Slurm is that
 run's, as such a run has sessions of its own. What carries no mark is never touched, nor what is somebody else's or a
-container's.
+container's, nor a job that was submitted from inside the run: it inherits the mark, but not the Slurm job.
 
 `python leftovers.py MARK FD` is the guard of a run without Slurm, which `slurmkit run` starts by this file's path: this
 module imports nothing of slurmkit.
@@ -157,7 +157,9 @@ def _mine(sessions: Mapping[int, str] = MappingProxyType({})) -> list[_Seen]:
             pairs = (
                 pair.partition("=") for pair in (folder / "environ").read_bytes().decode(errors="replace").split("\0")
             )
-            environment = {name: value for name, _, value in pairs if name.startswith("SK_")}
+            environment = {name: value for name, _, value in pairs if name.startswith(("SK_", "SLURM_JOB_ID"))}
+            if _is_of_another_job(environment, (folder / "cgroup").read_text(errors="replace")):
+                environment = {}
             session, began = _session_and_start(int(folder.name))
             same_namespace = os.readlink(folder / "ns/pid") == namespace
             mark = environment.get("SK_MARK", "")
@@ -166,6 +168,14 @@ def _mine(sessions: Mapping[int, str] = MappingProxyType({})) -> list[_Seen]:
             continue  # it has ended
     marked = {each.session: each.mark for each in seen if _LOCAL.fullmatch(each.mark)} | dict(sessions)
     return [each if each.mark else each._replace(mark=marked.get(each.session, "")) for each in seen]
+
+
+def _is_of_another_job(environment: Mapping[str, str], cgroups: str) -> bool:
+    """Return True if a process with a run's mark belongs to another Slurm job than the run."""
+    mark = environment.get("SK_MARK", "")
+    job = mark.partition(".")[0] if _JOB.fullmatch(mark) else environment.get("SK_OUTER_JOB", "")
+    found = {environment.get("SLURM_JOB_ID", job), *re.findall(r"/job_(\d+)(?=/|$)", cgroups, re.MULTILINE)}
+    return bool(mark) and found != {job}
 
 
 def _session_and_start(pid: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from slurmkit.job.settle import Settled
 from slurmkit.run import leftovers
 from slurmkit.run.directory import RunDirectory, files_of, write_json
 from slurmkit.run.leftovers import end_run, find, own_mark, supervisor_is_gone
-from slurmkit.slurm.command import active_jobs
+from slurmkit.slurm.command import active_jobs, without_outer_run
 
 # Seconds between two looks at the driver.
 _POLL = 0.5
@@ -96,11 +96,12 @@ def _supervise(
     spec, log, mark = settled.spec, attempt / "driver.log", own_mark()
     script = "\n".join(["set -euo pipefail", *spec.setup, 'exec -- "$@"'])
     environment = {
-        **os.environ,
+        **without_outer_run(os.environ),
         "PATH": f"{os.path.dirname(spec.python)}:{os.environ.get('PATH', os.defpath)}",
         **spec.env,
         **secrets,
         "SK_MARK": mark,
+        "SK_OUTER_JOB": os.environ.get("SLURM_JOB_ID", ""),
         "SK_ATTEMPT_DIR": str(attempt),
     }
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

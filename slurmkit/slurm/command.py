@@ -22,6 +22,11 @@ _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTE
 _CHANGING = ("SBATCH_", "SLURM_", "SRUN_", "SALLOC_", "SACCT_", "SCANCEL_", "SQUEUE_", "SINFO_", "SCONTROL_", "PYXIS_")
 # Where to find a process of this machine's, which a job's nodes cannot reach or find gone: W&B's, in a notebook.
 _OF_THIS_MACHINE = frozenset({"WANDB_SERVICE"})
+# Variables that change how bash reads a script, and functions that replace commands in it. `module` is often one.
+_OF_BASH = re.compile(
+    r"BASH_FUNC_(?!(?:module|ml|_module_raw)\W+$).*|BASH_ENV|BASHOPTS|SHELLOPTS|CDPATH|GLOBIGNORE|POSIXLY_CORRECT",
+    re.DOTALL,
+)
 # How Slurm's commands say that the controller is away, in contrast to a refusal (src/common/slurm_errno.c).
 _NO_ANSWER = (
     *("Unable to contact", "Connection refused", "Connection reset", "timed out", "standby mode", "Zero Bytes were"),
@@ -40,13 +45,28 @@ def active_jobs() -> set[str] | None:
 
 
 def submission_environment() -> dict[str, str]:
-    """The caller's environment without the variables by which Slurm's commands would do other than they are told, and
-    those that are of no use on another machine."""
+    """Return the caller's environment as a job may inherit it.
+
+    Leaves out variables that are options of Slurm's commands, change how bash reads a script, belong to the run that
+    this process is a part of, or are of no use on another machine.
+    """
     return {
         name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not (name in _OF_THIS_MACHINE or name.startswith(_CHANGING))
+        for name, value in without_outer_run(os.environ).items()
+        if name in _KEPT
+        or not (
+            name in _OF_THIS_MACHINE
+            or name.startswith(_CHANGING)
+            or _OF_BASH.fullmatch(name)
+            or (name == "TMPDIR" and value.startswith("/tmp/sk-"))
+        )
     }
+
+
+def without_outer_run(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that a run of slurmkit gives to its command, and without its Ray."""
+    prefixes = ("SK_", "RAY_") if "SK_ATTEMPT_DIR" in environ else ("SK_",)
+    return {name: value for name, value in environ.items() if not name.startswith(prefixes)}
 
 
 def release() -> tuple[int, int]:

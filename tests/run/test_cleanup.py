@@ -217,3 +217,35 @@ def test_an_interrupt_asks_the_command_alone_and_a_second_one_ends_it(
     assert start["started"] <= end["ended"] <= time.time()
     if not again:
         assert "interrupted in order (85): the same command goes on" in errors
+
+
+@pytest.mark.parametrize(
+    ("environment", "cgroup", "is_other"),
+    [
+        ({"SK_MARK": "5.0", "SLURM_JOB_ID": "5"}, "0::/x/job_5/step_0\n", False),
+        ({"SK_MARK": "5.0"}, "0::/\n", False),
+        ({"SK_MARK": "5.0", "SLURM_JOB_ID": "6"}, "0::/\n", True),
+        ({"SK_MARK": "5.0"}, "9:memory:/slurm/uid_0/job_6/step_batch\n0::/\n", True),
+        ({"SK_MARK": "local-9.1", "SK_OUTER_JOB": ""}, "0::/user.slice\n", False),
+        ({"SK_MARK": "local-9.1", "SK_OUTER_JOB": "", "SLURM_JOB_ID": "6"}, "0::/\n", True),
+        ({"SK_MARK": "local-9.1", "SK_OUTER_JOB": "7", "SLURM_JOB_ID": "7"}, "0::/x/job_7\n", False),
+        ({"SLURM_JOB_ID": "6"}, "0::/\n", False),
+    ],
+)
+def test_a_job_from_inside_a_run_is_not_the_run_s(environment: dict[str, str], cgroup: str, is_other: bool) -> None:
+    assert leftovers._is_of_another_job(environment, cgroup) is is_other
+
+
+def test_what_ends_a_run_leaves_a_job_from_inside_it_alone() -> None:
+    mark = {"SK_MARK": "local-1.1", "SK_OUTER_JOB": "", "SK_ATTEMPT": "888888.0"}
+    run_s, job_s = (
+        subprocess.Popen(["sleep", "60"], env={**mark, **job}, start_new_session=True)
+        for job in ({}, {"SLURM_JOB_ID": "6"})
+    )
+    try:
+        assert leftovers.end({"local-1.1"}) == 0
+        assert run_s.wait(5) == -signal.SIGTERM
+        assert job_s.poll() is None
+    finally:
+        job_s.kill()
+        job_s.wait()

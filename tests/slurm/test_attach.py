@@ -27,7 +27,7 @@ until ray status | grep -q Active; do sleep 0.5; done
 touch up
 until [ -e stop ]; do sleep 0.2; done
 """
-# Different for every process.
+# Different for every process, as are slurmkit's own, which an attached shell does not get.
 OWN = {"_", "SHLVL", "TERM", "OLDPWD"}
 
 
@@ -60,7 +60,9 @@ def in_terminal(machines: Machines, place: Path, line: str, *options: str) -> tu
 
 def variables(text: str) -> dict[str, str]:
     return {
-        name: value for name, _, value in (each.partition("=") for each in text.split("\0")[:-1]) if name not in OWN
+        name: value
+        for name, _, value in (each.partition("=") for each in text.split("\0")[:-1])
+        if name not in OWN and not name.startswith("SK_")
     }
 
 

@@ -14,7 +14,7 @@ from conftest import Cluster, development_cluster
 from slurmkit.errors import UserError
 from slurmkit.slurm import parse
 from slurmkit.slurm.client import Gres
-from slurmkit.slurm.command import CommandClient
+from slurmkit.slurm.command import CommandClient, submission_environment
 
 HELD = "#!/bin/bash\n#SBATCH --output=/dev/null --hold\n"
 
@@ -136,3 +136,26 @@ def test_without_accounting_a_job_that_the_controller_forgot_is_unknown_and_no_e
     with development_cluster(f"plain{os.getpid()}", "--nodes", "1", "--no-accounting") as cluster:
         monkeypatch.setenv("SLURM_CONF", cluster.configuration)
         assert CommandClient().job("4711") is None
+
+
+def test_a_job_inherits_nothing_of_the_run_it_is_submitted_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        **dict.fromkeys(("SK_MARK", "SK_ATTEMPT_DIR", "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID"), "x"),
+        **{"TMPDIR": "/tmp/sk-5.0/tmp", "KEPT": "x"},
+    }.items():
+        monkeypatch.setenv(name, value)
+    environment = submission_environment()
+    assert environment["KEPT"] == "x"
+    assert not [name for name in environment if name.startswith(("SK_", "RAY_", "TMPDIR"))]
+    monkeypatch.delenv("SK_ATTEMPT_DIR")
+    assert submission_environment()["RAY_JOB_ID"] == "x", "a user's own, outside of a run"
+
+
+def test_no_function_and_no_option_of_the_shell_travels_with_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("BASH_FUNC_srun%%", "BASH_FUNC_module_x%%", "BASH_ENV", "SHELLOPTS", "BASHOPTS", "CDPATH", "GLOBIGNORE")
+    kept = ("BASH_FUNC_module%%", "BASH_FUNC_ml%%", "BASH_FUNC__module_raw%%", "LD_PRELOAD", "ENV")
+    for name in (*names, *kept):
+        monkeypatch.setenv(name, "() {  :\n}")
+    environment = submission_environment()
+    assert not [name for name in names if name in environment]
+    assert [name for name in kept if name not in environment] == []
