@@ -22,16 +22,14 @@ _TAIL = 30
 @click.pass_context
 def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
     """Train on this machine, without Slurm: the same run directory, the same driver."""
-    from rich.console import Console
-
-    from slurmkit.report.terminal import RunProgress
+    from slurmkit.report.terminal import PatientConsole, RunProgress
 
     # Whatever a project's file says: here is one node.
     request = request_from(context, words, {**options, "nodes": 1})._replace(local=True)
     settled = settle(request, Path.cwd())
     secrets = settled.read_secrets()  # before the progress is drawn, as a command may ask for a passphrase
     run_dir = Path(settled.spec.run_dir)
-    console = Console(soft_wrap=True, highlight=False)
+    console = PatientConsole(soft_wrap=True, highlight=False)
     console.print(f"run directory  {run_dir}", markup=False)
     with RunProgress(run_dir, console) as progress:
         code = run_here(settled, secrets, progress.update, lambda line: console.print(line, markup=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,15 @@ _RECENT = 20
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLOURS = ("blue", "cyan", "yellow", "magenta", "green", "red", "bright_black")
 _WIDTH = 40
+
+
+class PatientConsole(Console):
+    """A console that prints nothing more when the reader of its pipe has left; rich would end this process."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on, so that the run does."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class RunProgress:

@@ -137,7 +137,8 @@ def _supervise(
                     say("interrupted again: the command is ended" if again else _farewell(asked[0], spec.config, grace))
             if time.monotonic() > until:
                 child.kill()
-        tell(log)
+        with suppress(OSError):
+            tell(log)
         return code if code >= 0 else 128 - code
     finally:
         # Its Ray, and whatever else it started: nothing outlives the process that watches it.

@@ -87,6 +87,17 @@ def test_a_signal_ends_the_command_and_its_children(here: Path, number: int, cod
     assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_closed_pipe_does_not_end_the_command_or_change_its_exit_code(here: Path) -> None:
+    script = 'echo one; sleep 2; echo \'{"step": 0, "val:accuracy": 1}\' >results/x/metrics.jsonl; exit 7'
+    command = [SLURMKIT, "run", "--name", "x", "--", "bash", "-c", script]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("run directory")
+    process.stdout.close()
+    process.wait(30)
+    assert json.loads((here / "results/x/attempts/latest/end.json").read_text())["code"] == 7
+
+
 def test_a_project_s_node_count_does_not_reach_a_run_on_this_machine(here: Path) -> None:
     (here / "slurmkit.yaml").write_text("nodes: 8\n")
     config = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ncluster: {num_nodes: 8}\n"
