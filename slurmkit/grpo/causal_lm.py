@@ -15,6 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 from slurmkit.config.model import LoraCfg
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import UserError
+from slurmkit.grpo.metrics import say
+from slurmkit.grpo.rope import exact_length
 
 if TYPE_CHECKING:
     from slurmkit.grpo.adapters import Adapters
@@ -47,6 +49,13 @@ def check_model(path: Path, config: TrainConfig) -> None:
     if unknown := [token for token in policy.generation.stop_token_ids or () if token >= vocabulary]:
         raise UserError(
             f"policy.generation.stop_token_ids {unknown}: {name} has the tokens 0 to {vocabulary - 1} (vocab_size)"
+        )
+    length = exact_length(model.config.get_text_config())
+    if length is not None and policy.max_total_sequence_length > length:
+        say(
+            f"policy.max_total_sequence_length {policy.max_total_sequence_length}: the RoPE frequencies of {name} "
+            f"follow the length beyond {length} tokens, where engine and policy differ: set it to {length} at most for "
+            "equal logprobs (docs/generation.md)"
         )
     settings = policy.dtensor_cfg
     if settings.tensor_parallel_size > 1:

@@ -17,6 +17,7 @@ from slurmkit.grpo import packed_attention
 from slurmkit.grpo.chunked_head import LogitsForm, chunked_logprobs
 from slurmkit.grpo.metrics import say
 from slurmkit.grpo.packed_attention import NotPackable, Packing
+from slurmkit.grpo.rope import RopeSides, original_context
 
 # Kinds of layers, by transformers' names, that look at no other sequence when attention does not.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -33,8 +34,8 @@ class PolicyModel(torch.nn.Module):
 
     Sequences lie end to end in one row where the model is attention alone and lets us replace it. Others (a state
     along the sequence such as Mamba's, remote code, scores that are changed on the way) take one sequence at a time,
-    which is exact too, and slower. Dropout and other noise of training stay off: a ratio must compare the same
-    function.
+    which is exact too, and slower. Sequences whose RoPE frequencies differ are not packed together. Dropout and other
+    noise of training stay off: a ratio must compare the same function.
     """
 
     def __init__(self, model: Any, *, logprob_chunk_size: int | None = None, packs: bool | None = None) -> None:
@@ -47,7 +48,9 @@ class PolicyModel(torch.nn.Module):
         self._chunk_size = logprob_chunk_size
         # peft's wrapper has put its layers into this one.
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._form = _logits_form(self._causal_lm.config.get_text_config())
+        self._text_config = self._causal_lm.config.get_text_config()
+        self._form = _logits_form(self._text_config)
+        self._sides = RopeSides(self._causal_lm, self._text_config)
         self.train()
         self.packs = self._try_out() if packs is None else packs
         if self.packs:
@@ -90,18 +93,28 @@ class PolicyModel(torch.nn.Module):
         return logprobs_T, entropy_T
 
     def _hidden(self, token_ids_T: torch.Tensor, position_ids_T: torch.Tensor, lengths: tuple[int, ...]) -> Any:
+        if self.packs and not self._sides.depend_on_length:
+            return self._pass(token_ids_T, position_ids_T, lengths)
+        groups = self._sides.groups(lengths) if self.packs else [[index] for index in range(len(lengths))]
+        # Sharded layers are gathered by all ranks together, so all must pass through them equally often.
+        is_sharded = isinstance(self, FSDPModule)
+        missing = _most_of_all_ranks(len(groups), token_ids_T.device) - len(groups) if is_sharded else 0
+        ids, positions = (list(torch.split(x_T, list(lengths))) for x_T in (token_ids_T, position_ids_T))
+        hidden: dict[int, torch.Tensor] = {}
+        for group in groups:
+            parts = tuple(lengths[index] for index in group)
+            ids_T, positions_T = (torch.cat([each[index] for index in group]) for each in (ids, positions))
+            hidden |= zip(group, self._pass(ids_T, positions_T, parts).split(list(parts)), strict=True)
+        rest = [self._pass(token_ids_T[:1], position_ids_T[:1], (1,)) for _ in range(missing)]
+        return torch.cat([*(hidden[index] for index in range(len(lengths))), *rest])
+
+    def _pass(self, token_ids_T: torch.Tensor, position_ids_T: torch.Tensor, lengths: tuple[int, ...]) -> Any:
+        """Return the hidden states of sequences that go through the layers together."""
+        self._sides.forget()
+        packed = {}
         if self.packs:
-            return self._decoder(
-                input_ids=token_ids_T[None],
-                position_ids=position_ids_T[None],
-                use_cache=False,
-                packing=Packing(lengths, token_ids_T.device),
-            ).last_hidden_state[0]
-        parts = list(torch.split(token_ids_T, list(lengths)))
-        if isinstance(self, FSDPModule):
-            # Sharded layers are gathered by all ranks together, so all must pass through them equally often.
-            parts += [token_ids_T[:1]] * (_most_of_all_ranks(len(parts), token_ids_T.device) - len(parts))
-        return torch.cat([self._decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in parts])
+            packed = {"position_ids": position_ids_T[None], "packing": Packing(lengths, token_ids_T.device)}
+        return self._decoder(input_ids=token_ids_T[None], use_cache=False, **packed).last_hidden_state[0]
 
     @property
     def _decoder(self) -> Any:
@@ -129,9 +142,12 @@ class PolicyModel(torch.nn.Module):
             self.packs = True
             try:
                 found_T, _ = self(ids_T, positions_T, _TRIED_LENGTHS, 1.0)
-                if _alike(found_T, expected_T, head.weight.dtype):
+                if not _alike(found_T, expected_T, head.weight.dtype):
+                    reason = "packed sequences differ from single ones"
+                elif not self._sides.depend_on_length and self._differs_beside_a_long_one(ids_T):
+                    reason = "a sequence differs beside one beyond the model's original context"
+                else:
                     return True
-                reason = "packed sequences differ from single ones"
             except NotPackable as error:
                 reason = str(error)
             self._causal_lm.set_attn_implementation(own)
@@ -146,7 +162,21 @@ class PolicyModel(torch.nn.Module):
         say(f"{name} takes one sequence at a time, as {reason}")
         return False
 
+    def _differs_beside_a_long_one(self, ids_T: torch.Tensor) -> bool:
+        """Return whether a packed sequence changes when another ends beyond the model's original context."""
+        context = original_context(self._text_config)
+        if context is None:
+            return False
+        # Its last tokens are enough, at their positions.
+        positions_T = torch.arange(len(ids_T), device=ids_T.device)
+        ending_T = positions_T + context - 1
+        lengths = (len(ids_T), len(ids_T))
+        alone_TD = self._pass(ids_T, positions_T, lengths[:1])
+        beside_TD = self._pass(torch.cat([ids_T, ids_T]), torch.cat([positions_T, ending_T]), lengths)[: len(ids_T)]
+        return not _alike(beside_TD, alone_TD.float(), alone_TD.dtype)
+
     def _expected(self, ids_T: torch.Tensor) -> torch.Tensor:
+        self._sides.forget()
         logits_TV = self._causal_lm(input_ids=ids_T[None], use_cache=False).logits[0].float()
         logprobs_TV = logits_TV.log_softmax(-1)[:-1]
         return torch.nn.functional.pad(logprobs_TV.gather(-1, ids_T[1:, None])[:, 0], (1, 0))

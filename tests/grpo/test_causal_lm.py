@@ -52,6 +52,16 @@ def test_a_model_with_code_of_its_own_is_refused_until_it_is_allowed_by_name(own
     check_model(own_code, config(own_code, allow_remote_code=[str(own_code)]))
 
 
+@pytest.mark.parametrize(("length", "is_told"), [(32, False), (33, True)])
+def test_lengths_for_which_engine_and_policy_differ_are_reported(
+    tmp_path: Path, length: int, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    path = tiny_llama(tmp_path / "model", max_position_embeddings=32, rope_parameters=rope)
+    check_model(path, config(path, max_total_sequence_length=length))
+    assert ("follow the length beyond 32 tokens" in capsys.readouterr().out) == is_told
+
+
 def test_a_stop_token_that_the_model_does_not_have_is_refused_by_its_number(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "model")
     with pytest.raises(UserError, match=r"stop_token_ids \[70000\]: .*/model has the tokens 0 to \d+ "):

@@ -19,6 +19,7 @@ from hypothesis import strategies as some
 from shapes import LargestTensor
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slurmkit.errors import UserError
 from slurmkit.grpo import packed_attention
@@ -53,6 +54,7 @@ def a_model(kind: str, **changes: Any) -> Any:
         "Phi": (transformers.PhiConfig, transformers.PhiForCausalLM),
         "Mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
         "GPT2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+        "Gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     }
     config, model = build[kind]
     return model(config(**(SIZES | changes)))
@@ -244,6 +246,86 @@ def test_models_with_windows_scaled_or_capped_logits_or_a_state_give_their_own_l
         torch.testing.assert_close(found_T, expected_T, atol=1e-5, rtol=1e-4)
 
 
+# The model's original context, and lengths on both sides of it and at it, the long ones first.
+CONTEXT = 16
+AROUND = (40, 9, CONTEXT, 24, 1, CONTEXT + 1, 24, 5)
+SCALED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": CONTEXT},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": CONTEXT,
+        "short_factor": [1.0, 1.2, 1.4, 1.6],
+        "long_factor": [1.0, 4.0, 8.0, 16.0],
+    },
+    "llama3": {
+        "factor": 4.0,
+        "original_max_position_embeddings": CONTEXT,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+def a_scaled_model(kind: str, *ropes: str) -> Any:
+    """A model with these types of RoPE: one for all layers, or one for each kind of layer."""
+    found = [{"rope_type": rope, "rope_theta": 100.0, **SCALED[rope]} for rope in ropes]
+    layers = ["sliding_attention", "full_attention"]
+    parameters = found[0] if len(found) == 1 else dict(zip(layers, found, strict=True))
+    more = {} if len(found) == 1 else {"layer_types": layers, "sliding_window": 8}
+    return a_model(kind, max_position_embeddings=CONTEXT, rope_parameters=parameters, **more)
+
+
+def freshly(kind: str, *ropes: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each sequence by a model of its own: transformers keeps the frequencies of the longest sequence so far."""
+    parts = some_tokens(AROUND).split(AROUND)
+    return [alone(a_scaled_model(kind, *ropes).eval(), ids_T, [len(ids_T)]) for ids_T in parts]
+
+
+def test_every_type_of_rope_in_transformers_is_tried_here() -> None:
+    assert SCALED.keys() == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ropes"),
+    [
+        *(("Llama", (rope,)) for rope in SCALED),
+        *(("Gemma3", ("default", rope)) for rope in SCALED),
+        ("Gemma3", ("dynamic", "longrope")),
+    ],
+    ids=str,
+)
+def test_lengths_around_the_original_context_are_packed_as_alone(kind: str, ropes: tuple[str, ...]) -> None:
+    token_ids_T = some_tokens(AROUND)
+    singly = freshly(kind, *ropes)
+    model = PolicyModel(a_scaled_model(kind, *ropes))
+    assert model.packs
+    for _ in range(2):
+        for found_T, expected in zip(run(model, token_ids_T, AROUND), zip(*singly, strict=True), strict=True):
+            torch.testing.assert_close(found_T, torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_takes_one_sequence_at_a_time_forgets_the_longest() -> None:
+    token_ids_T = some_tokens(AROUND)
+    singly = freshly("Llama", "dynamic")
+    model = PolicyModel(a_scaled_model("Llama", "dynamic"), packs=False)
+    for found_T, expected in zip(run(model, token_ids_T, AROUND), zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(found_T, torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_a_type_of_rope_that_nobody_knows_is_seen_when_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("slurmkit.grpo.rope._ropes", lambda config: [{"original_max_position_embeddings": CONTEXT}])
+    for rope in ("dynamic", "longrope"):
+        assert not PolicyModel(a_scaled_model("Llama", rope)).packs
+        assert "as a sequence differs beside one beyond the model's original context" in capsys.readouterr().out
+    assert PolicyModel(a_scaled_model("Llama", "yarn")).packs
+
+
 def test_a_model_that_does_more_to_its_logits_is_refused_by_name() -> None:
     sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "lm_head_multiplier": 0.25}
     with pytest.raises(UserError, match="logits of FalconH1ForCausalLM are not its output head times its hidden"):
@@ -315,16 +397,21 @@ def test_flash_attention_is_told_where_sequences_start_and_how_far_they_see(leng
             torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
-# For three sequences and for one; the second rank has to pass through the layers as often as the first.
-SHARES = [(9, 14, 6), (5,)]
+# For three sequences and for one; the second rank has to pass through the layers as often as the first: three times
+# for one at a time, twice for what is within and beyond the original context.
+SHARES = [(9, CONTEXT + 3, 6), (5,)]
 
 
-def one_rank(rank: int, folder: Path) -> None:
+def a_sharded_kind(kind: str) -> Any:
+    return a_model("Mamba", state_size=8) if kind == "Mamba" else a_scaled_model("Llama", kind)
+
+
+def one_rank(rank: int, folder: Path, kind: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    model = PolicyModel(a_model("Mamba", state_size=8))
-    for layer in model.model.backbone.layers:
+    model = PolicyModel(a_sharded_kind(kind))
+    for layer in model._decoder.layers:
         fully_shard(layer)
     fully_shard(model)
     logprobs_T, _ = run(model, some_tokens(SHARES[rank], rank), SHARES[rank])
@@ -336,22 +423,23 @@ def one_rank(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-def rank_of_its_own(rank: int, folder: Path) -> None:
-    one_rank(rank, folder)
+def rank_of_its_own(rank: int, folder: Path, kind: str) -> None:
+    one_rank(rank, folder, kind)
     # Threads of gloo, which FSDP's groups still hold, now and then abort the interpreter as it ends.
     os._exit(0)
 
 
-def test_ranks_with_unequally_many_sequences_pass_one_at_a_time_through_sharded_layers(tmp_path: Path) -> None:
-    other = multiprocessing.get_context("spawn").Process(target=rank_of_its_own, args=(1, tmp_path))
+@pytest.mark.parametrize("kind", ["Mamba", "dynamic", "longrope"])
+def test_ranks_pass_equally_often_through_sharded_layers(tmp_path: Path, kind: str) -> None:
+    other = multiprocessing.get_context("spawn").Process(target=rank_of_its_own, args=(1, tmp_path, kind))
     other.start()
     try:
-        one_rank(0, tmp_path)
+        one_rank(0, tmp_path, kind)
         other.join(timeout=60)
         assert other.exitcode == 0
     finally:
         other.kill()
-    model = a_model("Mamba", state_size=8)
+    model = a_sharded_kind(kind)
     for rank, lengths in enumerate(SHARES):
         torch.autograd.backward(alone(model, some_tokens(lengths, rank), lengths)[0].sum())
     for name, found in torch.load(tmp_path / "gradients.pt").items():
