@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from slurmkit.cli.options import JobCommand, job_options, request_from
-from slurmkit.errors import UserError
+from slurmkit.errors import Failure, UserError
 from slurmkit.job.settle import settle
 from slurmkit.job.syntax import checked_script
 from slurmkit.run.directory import write_together
@@ -37,5 +37,9 @@ def command(context: click.Context, /, out: Path | None, words: tuple[str, ...],
         raise UserError(f"--out {out}: must end in .sbatch; its record is written beside it, with .json in that place")
     again = audit.command_line(sys.argv[1:], os.environ)
     sidecar = audit.sidecar_of(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"{out} cannot be written: {error.strerror}") from None
     write_together({out: script, sidecar: audit.record(settled, script, out, Path.cwd(), again)})
     click.echo(f"wrote {out} and {sidecar}", err=True)

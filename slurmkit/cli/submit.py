@@ -51,9 +51,11 @@ def command(
     """Render one sbatch file, submit it, and say how to follow it. A rendered file (X.sbatch) is submitted as it is."""
     request = request_from(context, words, options)
     if request.run_file is not None and request.run_file.suffix == ".sbatch":
-        from slurmkit.run.committed import read_committed
+        from slurmkit.run.committed import few, read_committed
 
         settled, script, provenance = read_committed(request, require_committed)
+        if tree := provenance.get("git", {}).get("tree"):
+            click.echo(f"warning: the work tree differs from HEAD, and the job runs its files: {few(tree)}", err=True)
     else:
         settled, provenance = settle(request, Path.cwd()), {}
         rule = "--require-committed" if require_committed else settled.committed_only

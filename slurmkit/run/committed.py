@@ -79,5 +79,16 @@ def _what_git_says(rendered: RenderedFile, require: bool) -> dict[str, Any]:
     if changed and require:
         listed = " and ".join(f"{os.path.relpath(file)} ({word})" for file, word in changed.items())
         raise UserError(f"only a committed file may be submitted; git says {listed}: commit first")
-    git = {"commit": repository.commit, "changed": {file.name: word for file, word in changed.items()}}
+    tree = {
+        str(file.relative_to(repository.root)): word
+        for file, word in sorted(repository.changes().items())
+        if file not in changed
+    }
+    git = {"commit": repository.commit, "changed": {file.name: word for file, word in changed.items()}, "tree": tree}
     return {**found, "git": git}
+
+
+def few(changed: Mapping[str, str]) -> str:
+    """Return the first three files of `git status`, each with its word, and the number of the others."""
+    listed = [f"{name} ({word})" for name, word in changed.items()]
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from slurmkit.errors import Failure, UserError
 from slurmkit.job.audit import header_of, read_rendered, sidecar_of
 from slurmkit.job.provenance import blob, repository_of
 from slurmkit.job.render import digest_of_spec
+from slurmkit.run.committed import few
 from slurmkit.run.directory import RunDirectory
 from slurmkit.slurm.client import SlurmClient
 
@@ -70,14 +72,17 @@ def places(job_id: str, script: bytes) -> Iterator[Place]:
     yield _digests(f"{sidecar_of(file)}: digest of the spec", _spec_beside(file), header[1])
     if "git" in attempt:
         commit = attempt["git"]["commit"]
+        if tree := attempt["git"].get("tree"):
+            yield Place(f"work tree when it was submitted, against {commit or 'no commit'}: {few(tree)}", "differs")
         try:
-            known = repository_of(file.parent) is not None
+            repository = repository_of(file.parent)
         except Failure as error:
             yield Place(f"git: {error}", "missing")
             return
         for name in filter(None, (commit, "HEAD")):
             of = " (when it was submitted)" if name == commit else ""
-            yield _compare(f"git {name[:12]}:{file.name}{of}", blob(file, name) if known else None, script)
+            inside = os.path.relpath(file, repository.root) if repository else file.name
+            yield _compare(f"git {name[:12]}:{inside}{of}", blob(file, name) if repository else None, script)
 
 
 def _compare(name: str, text: bytes | None, script: bytes) -> Place:

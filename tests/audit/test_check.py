@@ -203,7 +203,10 @@ def test_without_files_all_that_was_rendered_is_found_and_nothing_else(rendered:
         (["check", "none.sbatch"], "none.sbatch: cannot be read: No such file or directory"),
         (["check", "."], "cannot be read: Is a directory"),
         (["render", "--out", "x.sh", "--", "true"], "--out x.sh: must end in .sbatch"),
-        (["render", "--out", "no/x.sbatch", "--", "true"], "no/x.sbatch cannot be written: No such file or directory"),
+        (
+            ["render", "--out", "/proc/no/x.sbatch", "--", "true"],
+            "no/x.sbatch cannot be written: No such file or directory",
+        ),
     ],
 )
 def test_a_mistake_gets_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -13,7 +13,7 @@ from parts import REPOSITORY
 
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, settle
-from slurmkit.run.committed import read_committed
+from slurmkit.run.committed import few, read_committed
 
 FILE = Path("jobs/x.sbatch")
 EXAMPLE = REPOSITORY / "examples/grpo_arithmetic.yaml"
@@ -46,7 +46,7 @@ def test_the_job_of_a_committed_file_is_the_one_that_was_settled_and_its_commit_
         assert provenance == {
             "file": str(project / FILE),
             "sha256": digest,
-            "git": {"commit": head, "changed": {}},
+            "git": {"commit": head, "changed": {}, "tree": {"slurmkit.yaml": "modified"}},
         }
         git(project, "checkout", "slurmkit.yaml")
         want = settle(Request(config=EXAMPLE, flags={"nodes": 2}), project, {})
@@ -220,3 +220,20 @@ def test_a_committed_file_keeps_the_site_s_rules_of_today_for_templates(project:
         site.write_text(rules)
         done = slurmkit(project, "submit", FILE, SLURMKIT_SITE=str(site))
         assert (done.code, refusal in done.err) == (2, True), done.err
+
+
+def test_a_work_tree_that_differs_from_head_is_recorded_and_named(project: Path) -> None:
+    (project / "work.sh").write_text("good\n")
+    commit(project)
+    (project / "work.sh").write_text("evil\n")
+    with chdir(project):
+        provenance = read_committed(Request(run_file=FILE), require=True, environ={})[2]
+    assert provenance["git"]["tree"] == {"work.sh": "modified"}
+    assert few({**provenance["git"]["tree"], "a": "deleted", "b": "modified", "c": "modified"}) == (
+        "work.sh (modified), a (deleted), b (modified) and 1 more"
+    )
+
+
+def test_render_makes_the_folder_of_out(project: Path) -> None:
+    assert slurmkit(project, "render", "--out", "new/folder/x.sbatch").code == 0
+    assert (project / "new/folder/x.json").exists()

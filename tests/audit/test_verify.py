@@ -31,7 +31,7 @@ def state_of(cluster: Cluster, job_id: str) -> str:
 def verdicts(done: Done) -> dict[str, str]:
     """What `verify` says of each place, by the place's name without its folder."""
     lines = [re.match(r"(same|differs|missing) +(.+)", line) for line in done.out.splitlines()]
-    return {found[2].rpartition("/")[2]: found[1] for found in lines if found}
+    return {re.sub(r"^/.*/", "", found[2]): found[1] for found in lines if found}
 
 
 @pytest.fixture
@@ -56,14 +56,14 @@ def test_a_committed_file_s_job_is_the_same_everywhere_waiting_running_and_ended
     attempt = json.loads((project / "results/x/run.json").read_text())["attempts"][0]
     assert attempt["job_id"] == job_id
     assert attempt["file"] == str(project / FILE)
-    assert attempt["git"] == {"commit": head, "changed": {}}
+    assert attempt["git"] == {"commit": head, "changed": {}, "tree": {}}
     everywhere = {
         "job.sbatch": "same",
         "run.json: digest of the spec": "same",
         "x.sbatch": "same",
         "x.json: digest of the spec": "same",
-        f"git {head[:12]}:x.sbatch (when it was submitted)": "same",
-        "git HEAD:x.sbatch": "same",
+        f"git {head[:12]}:jobs/x.sbatch (when it was submitted)": "same",
+        "git HEAD:jobs/x.sbatch": "same",
     }
     for state in ("PENDING", "RUNNING", "COMPLETED"):
         if state == "RUNNING":
@@ -78,7 +78,7 @@ def test_a_committed_file_s_job_is_the_same_everywhere_waiting_running_and_ended
 
 def test_each_place_that_differs_is_named_with_its_difference(cluster: Cluster, job: tuple[Path, str, str]) -> None:
     project, job_id, head = job
-    now, then = "git HEAD:x.sbatch", f"git {head[:12]}:x.sbatch (when it was submitted)"
+    now, then = "git HEAD:jobs/x.sbatch", f"git {head[:12]}:jobs/x.sbatch (when it was submitted)"
 
     def differing() -> tuple[Done, dict[str, str]]:
         done = slurmkit(project, "verify", job_id, SLURM_CONF=cluster.configuration)
@@ -109,7 +109,9 @@ def test_each_place_that_differs_is_named_with_its_difference(cluster: Cluster, 
     record.unlink()
     assert differing()[1] == {"x.json: digest of the spec": "missing"}
     (project / ".git").rename(project / "not git")
-    assert differing()[1] == {"x.json: digest of the spec": "missing", now: "missing", then: "missing"}
+    assert differing()[1] == {"x.json: digest of the spec": "missing"} | {
+        place.replace("jobs/", ""): "missing" for place in (now, then)
+    }
 
 
 def test_a_run_directory_that_a_later_attempt_wrote_again_is_said_to_be_that(
