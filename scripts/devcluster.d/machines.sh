@@ -149,9 +149,9 @@ start_munge() {
 start_database() {
   # shellcheck disable=SC2016
   start_daemon controller mariadbd bash -euo pipefail -c '
-    cd "$1"; shift; mkdir mysql
-    { echo "use mysql;"; cat /usr/share/mysql/mysql_system_tables.sql; } | mariadbd "$@" --bootstrap
-    exec mariadbd "$@" --socket="$PWD/socket" --pid-file="$PWD/pid"' mariadbd "$STATE/local/database" \
+    cd "$1"; tables=$2; shift 2; mkdir mysql
+    { echo "use mysql;"; cat "$tables"; } | mariadbd "$@" --bootstrap
+    exec mariadbd "$@" --socket="$PWD/socket" --pid-file="$PWD/pid"' mariadbd "$STATE/local/database" "$(system_tables)" \
     --no-defaults --user=root --datadir="$STATE/local/database" --skip-grant-tables --skip-networking --skip-log-bin \
     --performance-schema=off --innodb-buffer-pool-size=64M --innodb-log-file-size=32M --innodb-lock-wait-timeout=900
   await controller mariadbd "no answer" grep -q "ready for connections" "$STATE/log/controller-mariadbd.out"

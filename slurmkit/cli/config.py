@@ -11,6 +11,7 @@ import click
 from slurmkit.cli.names import echo_json
 from slurmkit.cli.options import JobCommand, job_options, request_from
 from slurmkit.config.source import leaves
+from slurmkit.errors import UserError
 from slurmkit.job.settle import settle
 
 _WIDTH = 60
@@ -26,6 +27,7 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
     settled = settle(request, Path.cwd())
     if as_json:
         echo_json(settled.as_json())
+        _refuse_missing(settled.missing)
         return
     for key, value in leaves(settled.spec.model_dump(mode="json", exclude={"config"})):
         if value not in (None, [], {}, False) or settled.origins.get(key, "default") != "default":
@@ -36,6 +38,12 @@ def command(context: click.Context, /, as_json: bool, words: tuple[str, ...], **
         click.echo(f"\n# the training configuration, from {settled.origins['config']}")
         for key, value in leaves(settled.train.model_dump(mode="json")):
             _line(key, value, settled.config_origins.get(key, "default"))
+    _refuse_missing(settled.missing)
+
+
+def _refuse_missing(missing: tuple[str, ...]) -> None:
+    if missing:
+        raise UserError("\n".join(missing))
 
 
 def _line(key: str, value: Any, origin: str) -> None:

@@ -62,6 +62,13 @@ def cli() -> None:
     """One readable sbatch file, Ray on every allocated node, GRPO until the model is trained."""
 
 
+def _shown(message: str) -> str:
+    """Return an error's message without tokens: a value that was typed into the wrong place may be one."""
+    from slurmkit.job.secrets import without_tokens
+
+    return without_tokens(message)
+
+
 def main() -> None:
     """Entry point. Errors that have a name end with one message: exit 2 for the user's, 1 for a failure."""
     try:
@@ -72,10 +79,11 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
+        vars(error)["message"] = _shown(error.message)
         error.show()
         sys.exit(error.exit_code)
     except SlurmkitError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {_shown(str(error))}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from slurmkit.config.section import AfterValidator, Field, Section, model_serializer, model_validator
 from slurmkit.errors import Failure
+from slurmkit.job.secrets import no_secret
 from slurmkit.job.values import AbsolutePath, Line, Name, OptionWord
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _UNCARRIED = {"pyxis": ' :,"$`\\', "apptainer": ':,"\\^'}
 
 
 def _reference(value: str) -> str:
+    if re.match(r"[^/@\s]+:[^/@\s]+@", value):
+        raise ValueError("holds a user and a password: keep them in the runtime's own file of credentials")
     if value.startswith(("./", "../", "~", "-")) or value != value.strip() or (" " in value and value[0] != "/"):
         raise ValueError(f"{value!r} is neither an absolute path nor an image's name")
     return value
@@ -48,6 +51,7 @@ class Mount(Section):
             return value
         if not isinstance(value, str):
             raise ValueError(f"{value!r} is not a mount: write src:dst, src:dst:ro or src")
+        no_secret(value)
         source, *rest = value.split(":")
         if len(rest) > 2 or rest[1:] not in ([], ["ro"], ["rw"]):
             raise ValueError(f"{value!r} is not a mount: write src:dst, src:dst:ro or src; no path can hold a colon")

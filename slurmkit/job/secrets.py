@@ -10,7 +10,7 @@ import re
 import shlex
 import stat
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from slurmkit.config.section import AfterValidator, BeforeValidator, Section, model_serializer, model_validator
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Names whose value is one, and among them those that only look so: where a secret is, how many tokens, which token.
 _SECRET_NAME = re.compile(
     r"^AWS_|API_?KEYS?|ACCESS_KEY|PRIVATE_KEY|(^|_)KEY$|TOKEN$|(^|_)TOKEN_|SECRET|PASSW(OR)?D|PASSPHRASE|_PWD$"
-    r"|CREDENTIALS?$|_PAT$|_AUTH$"
+    r"|CREDENTIALS?$|_PAT$|_AUTH$|(^|_)(PASS|COOKIE|AUTH_HEADER)$|SSH_PRIVATE$"
 )
 _ONLY_LOOKS_SO = re.compile(
     r"_(PATH|FILE|DIR|HOME|URL|URI|ENDPOINT|MODE|TYPE|NAME|TTL|TIMEOUT|LIMIT|COUNT|SIZE|ID_FILE)$"
@@ -55,6 +55,13 @@ _SECRET_VALUE = {
 }
 # NAME=value with a value that stands there, in contrast to $VARIABLE or $(command).
 _ASSIGNED = re.compile(r"(?<![\w$-])([A-Z][A-Z0-9_]*)=(?![\"']?[$`]|[\"']?[\s;]|[\"']{2}|[\"']?$)")
+
+# Options and words before a value that may be a secret. A value that begins with $ is a variable's.
+_EXPOSED = re.compile(
+    r"(?<![\w-])(--?(?:token|api[-_]?key|password|passwd|secret)|curl .*?-u|wandb login|"
+    r"(?:\w+_)?(?:api_?key|token|password|passwd|secret)(?==))[= ][\"']?(?![\"'$`-])\S",
+    re.IGNORECASE,
+)
 
 _FORMS = "env, {env: VARIABLE}, {file: ~/FILE} or {command: pass show NAME}"
 
@@ -158,6 +165,18 @@ def looks_secret(name: str) -> bool:
 def kind_of_token(text: str) -> str | None:
     """What well-known kind of secret stands in a text, or None."""
     return next((kind for kind, pattern in _SECRET_VALUE.items() if pattern.search(text)), None)
+
+
+def without_tokens(text: str) -> str:
+    """Return the text with an ellipsis in place of every well-known kind of secret."""
+    for pattern in _SECRET_VALUE.values():
+        text = re.sub(pattern.pattern + r"[^\s'\"(),;]*", "…", text)
+    return text
+
+
+def looks_exposed(words: Sequence[str]) -> list[str]:
+    """Return the options and words in a command or in shell lines that stand before what may be a secret."""
+    return sorted({match[1] for match in _EXPOSED.finditer(" ".join(words))})
 
 
 def no_secret_name(name: str) -> str:

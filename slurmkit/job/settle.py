@@ -71,6 +71,9 @@ class Settled(NamedTuple):
     site: Path | None = None
     """The site's file."""
 
+    missing: tuple[str, ...] = ()
+    """Refusals for keys that the site requires and nothing gives; only a partial request is settled with some."""
+
     @property
     def identity(self) -> dict[str, str]:
         """What makes two submissions attempts of the same run: the digest of what runs."""
@@ -110,11 +113,13 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
     key, value and origin, and for a site's rule its file and line.
     """
     site = _site(environ)
+    missing: tuple[str, ...] = ()
     layers = list(_layers(request, directory, environ, site))
     requested = _lay(layers)
     source = _over_site(site, requested)
     if site is not None:
-        _refuse([*site.locks_and_requirements(source), *site.add_to(source)])
+        missing = tuple(site.requirements(source))
+        _refuse([*site.locks(source), *(() if request.partial else missing), *site.add_to(source)])
     folders = _take_folders(source, site, directory)
     results_dir = _take_path(source, "results_dir", directory) or directory / "results"
     in_file = _take_path(source, "config", directory)
@@ -166,6 +171,7 @@ def settle(request: Request, directory: Path, environ: Mapping[str, str] = os.en
         config_origins,
         site.place("require_committed") if site is not None and site.rules.require_committed else None,
         None if site is None else site.path.absolute(),
+        missing,
     )
 
 

@@ -156,6 +156,19 @@ class Site:
 
     def locks_and_requirements(self, merged: Source) -> Iterator[str]:
         """A refusal for each locked key that another layer changed, and for each required one that none gives."""
+        yield from self.locks(merged)
+        yield from self.requirements(merged)
+
+    def requirements(self, merged: Source) -> Iterator[str]:
+        """Yield a refusal for each required key that no layer gives."""
+        for prefix, rules, whom in self.rule_sets(merged.data.get("partition")):
+            for index, key in enumerate(rules.require):
+                if _get(merged.data, key) is None:
+                    place = self.place(*prefix, "require", str(index))
+                    yield f"{key} must be given{whom}: the site requires it ({place})"
+
+    def locks(self, merged: Source) -> Iterator[str]:
+        """Yield a refusal for each locked key that another layer changed."""
         partition = merged.data.get("partition")
         defaults = self.defaults(partition).data
         for prefix, rules, whom in self.rule_sets(partition):
@@ -167,10 +180,6 @@ class Site:
                         f"{key}: {shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
                         f"locks it{to}{whom} ({self.place(*prefix, 'lock', str(index))})"
                     )
-            for index, key in enumerate(rules.require):
-                if _get(merged.data, key) is None:
-                    place = self.place(*prefix, "require", str(index))
-                    yield f"{key} must be given{whom}: the site requires it ({place})"
 
     def refusals(self, spec: JobSpec, source: Source) -> Iterator[str]:
         """A refusal for each limit that a job breaks, and for each forbidden variable."""

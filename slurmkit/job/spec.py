@@ -228,7 +228,7 @@ class JobSpec(Section):
     def _names_are_ours_to_set(self) -> JobSpec:
         for name in self.env:
             if name in self.secrets:
-                raise ValueError(f"env: {name} is also named under secrets; it can come from one of the two")
+                raise ValueError(f"env.{name} and secrets.{name} both set the variable; give one")
         return self
 
     @model_validator(mode="after")

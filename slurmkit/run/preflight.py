@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from slurmkit.config.log_dir import problem_with
 from slurmkit.job.container import missing_parts
+from slurmkit.job.secrets import looks_exposed
 from slurmkit.job.settle import Settled
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.values import minutes_of
@@ -36,7 +37,7 @@ class Remark(NamedTuple):
 
 def look(settled: Settled) -> list[Remark]:
     """Everything that can be told before Slurm is asked. Changes nothing on disk."""
-    checks = (_workdir, _interpreter, _container, _shared, _run_directory, _program, _time)
+    checks = (_workdir, _interpreter, _container, _shared, _run_directory, _program, _time, _cpus, _exposed)
     of_training = () if settled.train is None else (_gpus, _model, _resume, _log_dir, _tasks, _wandb)
     return [remark for check in (*checks, *of_training) for remark in check(settled)]
 
@@ -181,6 +182,30 @@ def _program(settled: Settled) -> Iterator[Remark]:
             yield Remark(f"{said} {what}; a relative path begins at workdir {spec.workdir}", not made_later)
     elif not made_later and not _which(program, spec):
         yield Remark(f"{said} is not on this machine's PATH: a file is named with its path, as ./{program}", False)
+
+
+def _cpus(settled: Settled) -> Iterator[Remark]:
+    spec = settled.spec
+    gpus = spec.gpus_on_node or 0
+    chosen = spec.cpus_per_task or spec.cpus_per_gpu or spec.exclusive or spec.ray.num_cpus
+    if gpus > 1 and not chosen and not {"mincpus", "ntasks-per-gpu"} & spec.sbatch.keys():
+        key = next(name for name in ("gpus", "gpus_per_node", "gres") if getattr(spec, name))
+        yield Remark(
+            f"{_said(settled, key)} asks for {gpus} GPUs and 1 CPU on each node, unless the partition has "
+            "DefCpuPerGPU: add --cpus-per-task or --exclusive",
+            is_problem=False,
+        )
+
+
+def _exposed(settled: Settled) -> Iterator[Remark]:
+    for key in ("command", "setup", "epilogue"):
+        for what in looks_exposed(getattr(settled.spec, key)):
+            place = settled.origins.get(key, "default")
+            yield Remark(
+                f"{key} ({place}) holds what may be a secret after {what}: the script is stored and shown. Name it "
+                "under secrets and use the variable",
+                is_problem=False,
+            )
 
 
 def _gpus(settled: Settled) -> Iterator[Remark]:

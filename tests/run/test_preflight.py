@@ -380,6 +380,7 @@ def test_what_was_probably_not_meant_is_a_warning(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    flags = {"cpus_per_task": 2, **flags}
     monkeypatch.setenv("NETRC", str(shared_path / "none"))
     settled = ask(shared_path, *overrides, flags=flags)
     assert problems(settled) == []
@@ -454,7 +455,7 @@ def empty(cluster: Cluster) -> None:
 
 def test_cost_and_start_are_printed_with_the_job_and_warnings_beside_it(cluster: Cluster, shared_path: Path) -> None:
     empty(cluster)
-    job = ["-N", "2", "--gres", "gpu:h100:8", "--time", "5", "--", "true"]
+    job = ["-N", "2", "--gres", "gpu:h100:8", "--cpus-per-task", "1", "--time", "5", "--", "true"]
     forecast = ["cost           2 nodes × 8 GPUs × 5 min = 1.3 GPU-hours at most", "start          now"]
     dry = cluster.slurmkit(shared_path, "submit", "--dry-run", *job)
     assert dry.stdout == cluster.slurmkit(shared_path, "render", *job).stdout

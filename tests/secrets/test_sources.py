@@ -285,7 +285,7 @@ def test_an_assignment_in_a_command_or_in_setup_is_refused() -> None:
         (["--env", f"HF_TOKEN={VALUE}", "--", "true"], "env.HF_TOKEN: HF_TOKEN looks like a secret"),
         (["--env", f"X={TOKENS[0]}", "--", "true"], "env.X: holds what looks like a Hugging Face token"),
         (["--set", f"secrets.HF_TOKEN={VALUE}", "--", "true"], "secrets.HF_TOKEN: must say where"),
-        (["--set", "secrets.B=env", "--env", "B=1", "--", "true"], "env: B is also named under secrets"),
+        (["--set", "secrets.B=env", "--env", "B=1", "--", "true"], "env.B and secrets.B both set the variable"),
         (["--set", "secrets.B_XYZ=env", "--", "true"], "has no B_XYZ; export it, or give another source (command"),
         (["--", "bash", "-c", f"WANDB_API_KEY={VALUE} x"], "command.2: gives WANDB_API_KEY a value"),
         (["--", "x", TOKENS[1]], "command.1: holds what looks like an API key"),
