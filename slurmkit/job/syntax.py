@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +11,9 @@ from slurmkit.config.source import Source
 from slurmkit.config.validate import origin_of
 from slurmkit.errors import UserError
 from slurmkit.job.spec import JobSpec
+
+# The interpreter that the script's first line names.
+_BASH = "/bin/bash"
 
 
 def checked_script(spec: JobSpec, folders: tuple[Path, ...]) -> str:
@@ -42,18 +44,18 @@ def faults_in_lines(spec: JobSpec, source: Source) -> Iterator[str]:
 
 
 def fault_in(text: str) -> tuple[int, str] | None:
-    """Return the line and message of bash's first complaint about a script, None if it has none.
+    """Return the line and message of bash's first complaint about a script, None if it has none or there is no bash.
 
     A here-document without an end is a warning to bash: it swallows all that follows.
     """
-    done = subprocess.run(
-        ["bash", "-n"],
-        input=text.encode("utf-8", "surrogateescape"),
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
-        capture_output=True,
-    )
+    try:
+        done = subprocess.run(
+            [_BASH, "-n"], input=text.encode("utf-8", "surrogateescape"), env={"LC_ALL": "C"}, capture_output=True
+        )
+    except FileNotFoundError:
+        return None
     if not done.stderr:
         return None
     said = done.stderr.decode(errors="replace").strip().partition("\n")[0]
-    match = re.match(r"bash: line (\d+): (.*)", said)
+    match = re.match(rf"{_BASH}: line (\d+): (.*)", said)
     return (int(match[1]), match[2]) if match else (1, said)

@@ -422,9 +422,10 @@ def slurmkit(here: Path, *arguments: str | Path, path: str = "/usr/bin:/bin") ->
 
 
 def test_what_cannot_be_written_is_a_failure_and_not_a_mistake(here: Path) -> None:
-    done = slurmkit(here, "render", "--out", "no/such/dir/x.sbatch", "--", "true")
+    (here / "a file").write_text("")
+    done = slurmkit(here, "render", "--out", "a file/x.sbatch", "--", "true")
     assert done.returncode == 1
-    assert "no/such/dir/x.sbatch cannot be written" in done.stderr
+    assert "a file/x.sbatch cannot be written" in done.stderr
 
 
 def test_without_slurm_submit_says_what_to_do_instead(here: Path) -> None:

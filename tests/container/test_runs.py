@@ -180,7 +180,7 @@ def test_a_container_that_cannot_start_ends_the_job_with_75_and_the_runtime_s_ow
     done = machines.submit(here, job, "--wait", "job.yaml", "--", "true")
     assert done.returncode == 75
     output = next((here / "results/t").glob("slurm-*.out")).read_text()
-    assert "the command did not finish: a node failed" in output
+    assert "the container did not start on node" in output
     assert {"pyxis": "cannot unpack", "podman": "Error: "}[runtime] in output
     assert machines.left() == []
 
