@@ -111,6 +111,13 @@ def test_a_container_that_starts_on_no_node_blames_none(
     assert verdict.reason.startswith('the container did not start on 2 nodes (node1, …): Error: workdir "/nope" does')
 
 
+def test_a_node_that_has_begun_is_not_one_that_did_not_start(meeting: Meeting) -> None:
+    Path(meeting.folder, "node-node1.log").touch()
+    meeting.publish("over", "75 srun ended with 1")
+    verdict = judge(meeting, "", False, ["srun: error: node1: task 0: Exited with exit code 1"])
+    assert (verdict.reason, verdict.bad_nodes) == ("the command did not finish (srun ended with 1)", [])
+
+
 def test_the_watchdog_s_end_blames_no_node(meeting: Meeting) -> None:
     meeting.publish("over", "75 srun ended with 0")
     meeting.publish("failed.watchdog", "no progress for 30 s")
@@ -147,6 +154,7 @@ def test_a_node_that_ray_marks_dead_fails_once_the_command_has_ended(
     monkeypatch.setattr(part, "_scratch", str(tmp_path))
     meeting.publish("ready.1", "node2 10.0.0.2 0")
     part.look_at_ray()
+    (logs / "gcs_server.out").write_text(2 * line.format("10.0.0.1"))
     meeting.publish("started", "1")
     part.look_at_ray()
     with (logs / "gcs_server.out").open("a") as log:
@@ -178,6 +186,14 @@ def test_an_attempt_without_a_record_gets_one_from_accounting(
     said = reason and f"{reason}, before it recorded its end (Slurm: {answer.partition('|')[0].split()[0]})"
     assert (end.get("code"), end.get("reason")) == (code, said)
     assert end.get("goes_on") is (True if end else None)
+
+
+def test_accounting_does_not_replace_an_attempt_s_own_record(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake(tmp_path, monkeypatch, "sacct", "echo 'FAILED|0:9|2026-11-30T22:00:00'")
+    begin(followed(meeting, monkeypatch, {}, {"code": 85}), FOR_EVER)
+    assert json.loads(Path(meeting.folder, "end.json").read_text())["code"] == 85
 
 
 @pytest.mark.parametrize(
