@@ -126,7 +126,7 @@ def begin(meeting: Meeting, limits: Limits) -> None:
         tell(f"job {chain.previous} ended the run: there is nothing to go on with", sys.stderr)
         print(0)
         return
-    os.makedirs(meeting.meet, exist_ok=True)
+    is_made = meeting.make()
     chain.complete_record()
     start = {
         "job_id": os.environ["SLURM_JOB_ID"],
@@ -142,7 +142,7 @@ def begin(meeting: Meeting, limits: Limits) -> None:
     }
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         start["array"] = [os.environ["SLURM_ARRAY_JOB_ID"], int(os.environ["SLURM_ARRAY_TASK_ID"])]
-    if not meeting.record("start.json", start):
+    if not (is_made and meeting.record("start.json", start)):
         tell(meeting.full, sys.stderr)
         print(NODES_FAILED)
         return

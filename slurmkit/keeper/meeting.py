@@ -131,6 +131,15 @@ class Meeting:
             time.sleep(0.5)
         return True
 
+    def make(self) -> bool:
+        """Create the folder of the facts. False if there was no space for it."""
+        try:
+            os.makedirs(self.meet, exist_ok=True)
+        except OSError as error:
+            self._raise_unless_full(error)
+            return False
+        return True
+
     def record(self, name: str, facts: Dict[str, Any]) -> bool:
         """Write start.json or end.json. False if there was no space for it."""
         return self._write(os.path.join(self.folder, name), json.dumps(facts))

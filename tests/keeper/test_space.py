@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             monkeypatch.delenv(name)
     path = tmp_path / "run"
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", path], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,nr_inodes=100", "tmpfs", path], check=True)
     yield path
     subprocess.run(["umount", "-l", path], check=True)
 
@@ -128,6 +128,20 @@ def test_an_attempt_does_not_begin_on_a_full_file_system(
 ) -> None:
     second = followed(begun(run, monkeypatch), monkeypatch, {}, {})
     fill()
+    begin(second, FOR_EVER)
+    out, err = capsys.readouterr()
+    assert out == "75\n"
+    assert f"slurmkit: no space left on {run}" in err
+
+
+def test_an_attempt_without_room_for_its_folder_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = followed(begun(run, monkeypatch), monkeypatch, {}, {})
+    os.rmdir(second.meet)
+    with suppress(OSError):
+        for number in range(100):
+            (run / f"file{number}").touch()
     begin(second, FOR_EVER)
     out, err = capsys.readouterr()
     assert out == "75\n"
