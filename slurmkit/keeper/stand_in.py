@@ -21,7 +21,7 @@ class StandIn:
         self._missed = self._missed + 1 if beats == self._beats else 0
         self._beats = beats
         looks = TRAINING if self._meeting.has("started") else STARTING
-        if self._missed < looks or not all(beats) or self._meeting.has("left.0") or self._meeting.has("over"):
+        if self._missed < looks or not all(beats) or any(map(self._meeting.has, ("left.0", "over", "code"))):
             return
         self._watch.lose("0", beats[0].partition(" ")[0], f"no sign of life for {looks * BEAT:g} s")
         self._watch.conclude()

@@ -61,6 +61,9 @@ class Watch:
                 return 1
             self.look()
             time.sleep(0.2)
+        if self._meeting.has("code"):
+            # The second node has ended the job while this one did not answer; its scancel cancels no run.
+            return int(self._meeting.text("code"))
         if self._meeting.has("signal.TERM"):
             self._ask_slurm()
         return self.conclude()

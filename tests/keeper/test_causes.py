@@ -15,6 +15,7 @@ from slurmkit.keeper.follow_up import FollowUp
 from slurmkit.keeper.judge import judge
 from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
+from slurmkit.keeper.stand_in import StandIn
 from slurmkit.keeper.watch import Watch
 
 __all__ = ["meeting"]  # a fixture
@@ -216,6 +217,33 @@ def test_a_silent_slurmctld_does_not_bring_a_bad_node_back(
     Path(meeting.folder, "next").write_text("8")
     FollowUp(meeting, queues=False).take_over(["node2"], "")
     assert said in capsys.readouterr().out
+
+
+def test_a_first_node_that_answers_again_leaves_the_end_to_the_second(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake(tmp_path, monkeypatch, "squeue", "echo 'COMPLETING None N/A'")
+    fake(tmp_path, monkeypatch, "scancel", f"touch {tmp_path}/cancelled")
+    Path(meeting.folder, "next").write_text("8")
+    meeting.publish("started", "1")
+    second = Watch(meeting, FOR_EVER, None, "", stands_in=True)
+    second.lose("0", "node1", "no sign of life for 20 s")
+    assert second.conclude() == 75
+    meeting.publish("signal.TERM", "ended by Slurm")  # the second node's scancel
+    meeting.publish("over", "143 srun ended with 143")
+    assert Watch(meeting, FOR_EVER, None, "", stands_in=True).until_over() == 75
+    assert json.loads(Path(meeting.folder, "end.json").read_text())["goes_on"] is True
+    assert not Path(tmp_path, "cancelled").exists()
+
+
+def test_a_second_node_ends_the_job_once(meeting: Meeting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(tmp_path, monkeypatch, "scancel", f"echo x >>{tmp_path}/cancelled")
+    for name in ("alive.0", "watching"):
+        meeting.publish(name, "node1 5")
+    part = StandIn(meeting, FOR_EVER._replace(until_done=False), "")
+    for _ in range(10):
+        part.look()
+    assert Path(tmp_path, "cancelled").read_text() == "x\n"
 
 
 def test_an_array_s_tasks_are_recorded_as_such(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
