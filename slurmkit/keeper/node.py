@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from contextlib import suppress
 from typing import Any, Dict, Iterator, Optional, Tuple
@@ -39,7 +40,8 @@ class Node:
         """Beat until the node's shell leaves."""
         shell, beat, due = os.getppid(), 0, 0.0
         if "SLURM_ARRAY_JOB_ID" not in os.environ:  # whose tasks share a run directory
-            self.remove_leftovers()
+            # In the background, as a node may go for some seconds only without a sign of life.
+            threading.Thread(target=self.remove_leftovers, daemon=True).start()
         while not self._is_leaving and os.getppid() == shell:
             if time.monotonic() >= due:
                 beat, due = beat + 1, time.monotonic() + BEAT
@@ -154,10 +156,10 @@ class Node:
         _signal_all(pythons, signal.SIGCONT)
         time.sleep(2.0)
         for pid, where in pythons.items():
-            with open(where, "rb") as log:
-                log.seek(max(0, sizes[pid]))
-                text = log.read().decode(errors="replace").rstrip("\n")
-            with suppress(OSError):  # a full file system takes some of them
+            with suppress(OSError):  # the log is deleted, or a full file system takes some of them
+                with open(where, "rb") as log:
+                    log.seek(max(0, sizes[pid]))
+                    text = log.read().decode(errors="replace").rstrip("\n")
                 write(os.path.join(self._meeting.folder, f"stacks-{self._name}-{pid}.txt"), text)
         self._meeting.publish(f"stacks.{self._rank}")
 

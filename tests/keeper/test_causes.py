@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,41 @@ def test_a_second_node_ends_the_job_once(meeting: Meeting, monkeypatch: pytest.M
     for _ in range(10):
         part.look()
     assert Path(tmp_path, "cancelled").read_text() == "x\n"
+
+
+@pytest.fixture
+def part(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> Node:
+    monkeypatch.setenv("SLURMD_NODENAME", "node2")
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    return Node(meeting)
+
+
+def test_a_node_gives_signs_of_life_while_it_removes_leftovers(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, part: Node
+) -> None:
+    Path(meeting.folder).with_name("6.0").mkdir()
+    seen = []
+
+    def rmtree(*_: object, **__: object) -> None:
+        deadline = time.monotonic() + 5
+        while not meeting.of("alive") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append(list(meeting.of("alive")))
+        part._leave()
+
+    monkeypatch.setattr(node.shutil, "rmtree", rmtree)
+    part.run()
+    assert seen == [["1"]]
+
+
+def test_a_process_whose_log_is_deleted_does_not_end_its_node(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, part: Node
+) -> None:
+    monkeypatch.setattr(node, "_processes", lambda: iter([(2**22 + 1, "/tmp/sk-7.0/r/worker.err (deleted)")]))
+    monkeypatch.setattr(node, "_is_python", lambda _: True)
+    monkeypatch.setattr(node.time, "sleep", lambda _: None)
+    part.write_stacks()
+    assert meeting.has("stacks.1")
 
 
 def test_an_array_s_tasks_are_recorded_as_such(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
