@@ -9,11 +9,13 @@ from pathlib import Path
 
 from slurmkit.config.source import Source
 from slurmkit.config.validate import origin_of
-from slurmkit.errors import UserError
+from slurmkit.errors import Failure, UserError
 from slurmkit.job.spec import JobSpec
 
 # The interpreter that the script's first line names.
 _BASH = "/bin/bash"
+# Seconds. Parsing takes milliseconds; the rest is for a login node that is overloaded.
+_DEADLINE = 60
 
 
 def checked_script(spec: JobSpec, folders: tuple[Path, ...]) -> str:
@@ -50,10 +52,16 @@ def fault_in(text: str) -> tuple[int, str] | None:
     """
     try:
         done = subprocess.run(
-            [_BASH, "-n"], input=text.encode("utf-8", "surrogateescape"), env={"LC_ALL": "C"}, capture_output=True
+            [_BASH, "-n"],
+            input=text.encode("utf-8", "surrogateescape"),
+            env={"LC_ALL": "C"},
+            capture_output=True,
+            timeout=_DEADLINE,
         )
     except FileNotFoundError:
         return None
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{_BASH} -n did not parse the job's script within {_DEADLINE} s: try again later") from None
     if not done.stderr:
         return None
     said = done.stderr.decode(errors="replace").strip().partition("\n")[0]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from parts import SLURMKIT
 
-from slurmkit.errors import UserError
+from slurmkit.errors import Failure, UserError
+from slurmkit.job import syntax
 from slurmkit.job.settle import Request, settle
 from slurmkit.job.syntax import checked_script
 
@@ -66,3 +67,13 @@ def test_every_command_refuses_what_bash_cannot_parse(command: str, here: Path) 
     assert done.returncode == 2
     assert "setup: bash cannot parse its end (command line: setup)" in done.stderr
     assert not [*here.iterdir()]
+
+
+def test_a_bash_that_never_answers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "bash"
+    slow.write_text("#!/bin/sh\nexec sleep 20\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(syntax, "_BASH", str(slow))
+    monkeypatch.setattr(syntax, "_DEADLINE", 0.2, raising=False)
+    with pytest.raises(Failure, match=r"bash -n did not parse the job's script within 0.2 s"):
+        syntax.fault_in("true")
