@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from slurmkit.errors import SlurmkitError
 from slurmkit.run.directory import jobs_of
-from slurmkit.run.find import find_run, results_folder, runs_in
+from slurmkit.run.find import find_job, find_run, results_folder, runs_in
 
 if TYPE_CHECKING:
     from slurmkit.report.table import Table
@@ -46,6 +46,20 @@ class RunType(click.ParamType):  # type: ignore[type-arg] # generic in newer rel
             jobs = [(job_id, path.name) for path in runs for job_id in jobs_of(path) if job_id.startswith(incomplete)]
             found += [CompletionItem(job_id, help=name) for job_id, name in sorted(jobs, key=lambda job: -int(job[0]))]
         return found
+
+
+class JobType(click.ParamType):  # type: ignore[type-arg] # generic in newer releases of click only
+    """RUN as for RunType, but converted to a job id: the id itself, or the id of the run's newest job."""
+
+    name = "run"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the job id. UserError if the text is neither a run nor a job id."""
+        return find_job(value, results_folder(Path.cwd()))
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Complete as RunType does."""
+        return RunType().shell_complete(ctx, param, incomplete)
 
 
 def run_argument(function: Function) -> Function:

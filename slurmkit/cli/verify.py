@@ -6,15 +6,18 @@ import sys
 
 import click
 
+from slurmkit.cli.names import JobType
 from slurmkit.job.check import diff_of
 from slurmkit.run import verify
 from slurmkit.slurm.connect import connect
 
 
 @click.command("verify")
-@click.argument("job_id", metavar="JOBID")
+@click.argument("job_id", metavar="RUN", type=JobType())
 def command(job_id: str) -> None:
     """Compare a job's script in Slurm with the files on disk and in git.
+
+    RUN is a name in ./results, the path of a run directory, or a job id. A run stands for its newest job.
 
     Exit code: 0 all are the same, 1 one differs or is missing, 2 there is nothing to compare.
     """

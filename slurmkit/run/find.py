@@ -44,9 +44,8 @@ def runs_in(results: Path) -> list[Path]:
 
 def find_run(text: str, results: Path) -> Path:
     """The run directory that `text` names. UserError with the nearest names where there is none."""
-    for path in (results / text, Path(text)):
-        if is_run(path):
-            return path.absolute()
+    if (path := _named(text, results)) is not None:
+        return path
     runs = runs_in(results)
     if found := _JOB_ID.fullmatch(text):
         for path in runs:
@@ -63,6 +62,29 @@ def find_run(text: str, results: Path) -> Path:
         f"{text}: no run of that name in {results}, no run directory, and no job of one; "
         + (f"the nearest are {', '.join(near[:5])}" if near else "slurmkit ls lists the runs")
     )
+
+
+def find_job(text: str, results: Path) -> str:
+    """Return the job id that `text` is, or that of the newest job of the run that it names.
+
+    The job of an id need not be in any run directory here. A follow-up that has not begun is not counted.
+    """
+    run = _named(text, results)
+    if run is None and _JOB_ID.fullmatch(text):
+        return text
+    from slurmkit.run.attempts import RunFiles
+
+    run = run or find_run(text, results)
+    files = RunFiles(run)
+    jobs = [job for job in files.order if job.isdigit()]
+    jobs += [attempt.job_id for attempt in files.attempts if attempt.job_id and attempt.task is None]
+    if not jobs:
+        raise UserError(f"{run}: nothing to compare, no job of this run was submitted to Slurm")
+    return max(jobs, key=int)
+
+
+def _named(text: str, results: Path) -> Path | None:
+    return next((path.absolute() for path in (results / text, Path(text)) if is_run(path)), None)
 
 
 def _run_of_job(job_id: str) -> Path | None:

@@ -57,8 +57,8 @@ def places(job_id: str, script: bytes) -> Iterator[Place]:
     if run_dir is None:
         raise UserError(f"job {job_id}: its script names no run directory")
     directory = RunDirectory(run_dir)
-    attempts = directory.attempts
-    attempt: dict[str, Any] = next((one for one in attempts if one.get("job_id") == job_id), {})
+    attempts = [one for one in directory.attempts if "job_id" in one]
+    attempt = _attempt_of(job_id, attempts)
     later = f" (written again for job {attempts[-1]['job_id']})" if attempt and attempt is not attempts[-1] else ""
     yield _compare(f"{run_dir / 'job.sbatch'}{later}", _read(run_dir / "job.sbatch"), script)
     header = header_of(script)
@@ -82,7 +82,17 @@ def places(job_id: str, script: bytes) -> Iterator[Place]:
         for name in filter(None, (commit, "HEAD")):
             of = " (when it was submitted)" if name == commit else ""
             inside = os.path.relpath(file, repository.root) if repository else file.name
+            if file.is_symlink():
+                yield Place(f"git {name[:12]}:{inside}{of}: a symbolic link, not the script", "differs")
+                continue
             yield _compare(f"git {name[:12]}:{inside}{of}", blob(file, name) if repository else None, script)
+
+
+def _attempt_of(job_id: str, attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of the submission that the job comes from: its own, else the last one before a follow-up."""
+    number = int(re.split(r"\D", job_id, maxsplit=1)[0])
+    before = [one for one in attempts if int(one["job_id"]) <= number]
+    return max(before, key=lambda one: int(one["job_id"]), default={})
 
 
 def _compare(name: str, text: bytes | None, script: bytes) -> Place:

@@ -74,6 +74,9 @@ def test_a_committed_file_s_job_is_the_same_everywhere_waiting_running_and_ended
         done = slurmkit(project / "jobs", "verify", job_id, SLURM_CONF=cluster.configuration)
         assert (done.code, verdicts(done), done.err) == (0, everywhere, "")
         assert "@@" not in done.out
+    for folder, run in ((project, "x"), (project, "results/x"), (project / "jobs", project / "results/x")):
+        named = slurmkit(folder, "verify", run, SLURM_CONF=cluster.configuration)
+        assert (named.code, named.out, named.err) == (0, done.out, "")
 
 
 def test_each_place_that_differs_is_named_with_its_difference(cluster: Cluster, job: tuple[Path, str, str]) -> None:
@@ -137,9 +140,33 @@ def test_what_cannot_be_compared_is_said_with_exit_code_2(cluster: Cluster, shar
     for job_id, message in (
         (other, f"job {other} is not slurmkit's: its script does not begin as one that slurmkit rendered"),
         ("999999", "job 999999: nothing to compare, Slurm "),
-        ("x", "'x' is not the id of a job, such as 12 or 12_3"),
+        ("x", "x: no run of that name in "),
     ):
         done = slurmkit(shared_path, "verify", job_id, SLURM_CONF=cluster.configuration)
         assert (done.code, done.out) == (2, "")
         assert message in done.err
     cluster.ask("scancel", other)
+
+
+def test_a_shell_s_functions_stay_outside_and_a_dirty_tree_is_reported(cluster: Cluster, shared_path: Path) -> None:
+    project = make_project(shared_path / "a project")
+    (project / "work.sh").write_text("touch committed\n")
+    (project / "slurmkit.yaml").write_text("name: x\nnodes: 1\ncommand: [bash, work.sh]\n")
+    slurmkit(project, "render", "--out", FILE)
+    head = commit(project)
+    (project / "work.sh").write_text("touch edited\n")
+    evil = shared_path / "evil.sh"
+    evil.write_text(f"touch '{shared_path}/bash-env'\n")
+    shell = {
+        f"BASH_FUNC_{name}%%": f"() {{ touch '{shared_path}/{name}'; {run} {name} \"$@\"\n}}"
+        for name, run in (("srun", "command"), ("umask", "builtin"))
+    } | {"BASH_ENV": str(evil)}
+    submitted = cluster.slurmkit(project, "submit", "--require-committed", "--wait", FILE, timeout=180, **shell)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    differing = "work.sh (modified)"
+    assert f"warning: the work tree differs from HEAD, and the job runs its files: {differing}\n" in submitted.stderr
+    done = slurmkit(project, "verify", "x", SLURM_CONF=cluster.configuration)
+    found = {name: verdict for name, verdict in verdicts(done).items() if verdict != "same"}
+    assert (done.code, found) == (1, {f"work tree when it was submitted, against {head}: {differing}": "differs"})
+    assert [name for name in ("srun", "umask", "bash-env") if (shared_path / name).exists()] == []
+    assert [(project / name).exists() for name in ("edited", "committed")] == [True, False]
