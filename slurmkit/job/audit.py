@@ -118,7 +118,14 @@ class RenderedFile:
 
     def absolute(self, path: str) -> Path:
         """Where a path of the record is on this machine."""
-        return Path(os.path.normpath(self.path.absolute().parent / path))
+        return Path(os.path.normpath(self.path.parent.resolve() / path))
+
+    def from_here(self, origin: str) -> str:
+        """Return an origin with the path of its file relative to the working directory."""
+        found = _ORIGIN.fullmatch(origin)
+        if found is None or os.path.isabs(found["path"]) or found["path"] not in self.sidecar.sources:
+            return origin
+        return os.path.relpath(self.absolute(found["path"])) + (found["line"] or "")
 
     def edits(self) -> Iterator[str]:
         """What was changed by hand since it was rendered."""
@@ -136,8 +143,12 @@ class RenderedFile:
             from slurmkit.config.yaml12 import parse_value
 
             train = validate(TrainConfig, Source(parse_value(self.spec.config), {}))
-        origins = defaultdict(lambda: "default", self.sidecar.origins)
-        return Settled(self.spec, origins, self.folders, train=train, config_origins=self.sidecar.config_origins)
+        origins, config_origins = (
+            {key: self.from_here(origin) for key, origin in recorded.items()}
+            for recorded in (self.sidecar.origins, self.sidecar.config_origins)
+        )
+        origins = defaultdict(lambda: "default", origins)
+        return Settled(self.spec, origins, self.folders, train=train, config_origins=config_origins)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -154,6 +165,7 @@ def header_of(data: bytes) -> tuple[str, str, str] | None:
 def record(settled: Settled, script: str, out: Path, directory: Path, command: str) -> str:
     """The text of the record for `script`, written to `out` by `command` in `directory`."""
     out = Path(os.path.normpath(directory / out))
+    out = out.parent.resolve() / out.name
     repository = repository_of(directory)
     root = repository.root if repository else directory
     portable = out.is_relative_to(root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +59,27 @@ def diff_of(before: bytes, after: bytes, name_before: str, name_after: str) -> s
 
 
 def rendered_below(folder: Path) -> Iterator[Path]:
-    """Every *.sbatch that slurmkit rendered, in order. Run directories, which hold a run.json, are not entered."""
-    for parent, folders, files in os.walk(folder):
-        if "run.json" in files:
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(parent, name)
-            if name.endswith(".sbatch") and (sidecar_of(path).exists() or _is_ours(path)):
-                yield path
+    """Yield every *.sbatch that slurmkit rendered, in order; those behind symbolic links to folders come last.
+
+    Does not enter run directories, which hold a run.json, nor a link to a folder that contains `folder`.
+    """
+    seen: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        for parent, folders, files in os.walk(waiting.pop(0)):
+            real = os.path.realpath(parent)
+            if "run.json" in files or real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links = [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+            waiting += [link for link in links if not folder.resolve().is_relative_to(link.resolve())]
+            yield from _rendered_among(Path(parent, name) for name in sorted(files))
+
+
+def _rendered_among(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if path.suffix == ".sbatch" and (sidecar_of(path).exists() or _is_ours(path)))
 
 
 def _is_ours(path: Path) -> bool:

@@ -13,6 +13,8 @@ from slurmkit.errors import Failure
 _DEADLINE = 60
 # Set while git runs a hook, and about that hook's repository instead of the file's.
 _OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
+# The word for a file of which git stores only the path that it points to.
+SYMBOLIC_LINK = "symbolic link"
 # https://git-scm.com/docs/git-status: the letters of the short format, in the words of the long one.
 _WORDS = {"M": "modified", "A": "new file", "D": "deleted", "T": "typechange", "U": "unmerged"} | {
     "?": "untracked",
@@ -47,6 +49,9 @@ class Repository:
     def not_committed(self, *paths: Path) -> dict[Path, str]:
         """Those of `paths` that are not as the last commit has them, in the words of `git status`."""
         words = self.changes(*paths)
+        for path in paths:
+            if path.is_symlink():
+                words.setdefault(path, SYMBOLIC_LINK)
         # Git can be told to take a file as unchanged, so its bytes are compared, too.
         return {path: words.get(path, "modified") for path in paths if path in words or path.read_bytes() != blob(path)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from slurmkit.config.source import Source
 from slurmkit.errors import UserError
 from slurmkit.job.audit import RenderedFile, read_rendered, sidecar_of
 from slurmkit.job.layers import EXTRA_KEYS, site_file
-from slurmkit.job.provenance import repository_of
+from slurmkit.job.provenance import SYMBOLIC_LINK, repository_of
 from slurmkit.job.settle import Request, Settled
 from slurmkit.job.site import Site, read_site
 from slurmkit.job.site_templates import template_refusals
@@ -68,7 +69,7 @@ def _broken_rules(site: Site, settled: Settled) -> Iterator[str]:
 
 
 def _what_git_says(rendered: RenderedFile, require: bool) -> dict[str, Any]:
-    path = rendered.path.absolute()
+    path = rendered.path.parent.resolve() / rendered.path.name
     repository = repository_of(path.parent)
     found = {"file": str(path), "sha256": rendered.sidecar.sha256}
     if repository is None:
@@ -76,6 +77,13 @@ def _what_git_says(rendered: RenderedFile, require: bool) -> dict[str, Any]:
             raise UserError(f"{rendered.path} is in no git repository, and only a committed file may be submitted")
         return found
     changed = repository.not_committed(path, sidecar_of(path))
+    links = [file for file, word in changed.items() if word == SYMBOLIC_LINK]
+    if links and require:
+        raise UserError(
+            f"only a committed file may be submitted; {os.path.relpath(links[0])} is a symbolic link to "
+            f"{os.readlink(links[0])}, and git stores only the link: commit the sbatch file and its record where they "
+            f"are, and submit that file: slurmkit submit {shlex.quote(os.path.relpath(path.resolve()))}"
+        )
     if changed and require:
         listed = " and ".join(f"{os.path.relpath(file)} ({word})" for file, word in changed.items())
         raise UserError(f"only a committed file may be submitted; git says {listed}: commit first")

@@ -221,3 +221,24 @@ def test_a_check_changes_nothing_not_even_git_s_index(rendered: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in rendered.rglob("*") if path.is_file()}
     slurmkit(rendered, "check")
     assert {path: path.stat().st_mtime_ns for path in rendered.rglob("*") if path.is_file()} == before
+
+
+def test_symbolic_links_to_folders_are_followed_once(rendered: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    shutil.move(rendered / "jobs/x.sbatch", tmp_path / "elsewhere/deep/x.sbatch")
+    shutil.move(rendered / "jobs/x.json", tmp_path / "elsewhere/deep/x.json")
+    (rendered / "jobs").rmdir()
+    assert list(check.rendered_below(rendered)) == []
+    (rendered / "a").symlink_to(tmp_path / "elsewhere")
+    (rendered / "b").symlink_to(tmp_path / "elsewhere/deep")
+    (rendered / "up").symlink_to(tmp_path)
+    (tmp_path / "elsewhere/deep/back").symlink_to("..")
+    assert list(check.rendered_below(rendered)) == [rendered / "a/deep/x.sbatch"]
+
+
+def test_check_finds_a_file_in_a_symlinked_folder(rendered: Path, tmp_path: Path) -> None:
+    here = tmp_path / "deep/here"
+    here.mkdir(parents=True)
+    (here / "link").symlink_to(rendered / "jobs")
+    done = slurmkit(here, "check")
+    assert (done.code, done.out, done.err) == (0, "same     link/x.sbatch\n", "")

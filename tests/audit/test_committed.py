@@ -173,10 +173,10 @@ def test_only_a_rendered_file_can_be_required_to_be_committed(project: Path, tmp
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ("limits: {nodes: {max: 1}}", "nodes: 2 (../slurmkit.yaml:2) is above the maximum of 1"),
+        ("limits: {nodes: {max: 1}}", "nodes: 2 (slurmkit.yaml:2) is above the maximum of 1"),
         ("defaults: {partition: big}\nlock: [partition]", "partition: None (None) cannot be set: the site locks it"),
         ("require: [account]", "account must be given: the site requires it"),
-        ("forbid: {env: [A*]}", "env.A (../slurmkit.yaml:3) cannot be set: the site forbids A*"),
+        ("forbid: {env: [A*]}", "env.A (slurmkit.yaml:3) cannot be set: the site forbids A*"),
     ],
 )
 def test_the_site_s_rules_of_today_hold_for_a_file_that_was_rendered_elsewhere(
@@ -237,3 +237,40 @@ def test_a_work_tree_that_differs_from_head_is_recorded_and_named(project: Path)
 def test_render_makes_the_folder_of_out(project: Path) -> None:
     assert slurmkit(project, "render", "--out", "new/folder/x.sbatch").code == 0
     assert (project / "new/folder/x.json").exists()
+
+
+def test_a_symbolic_link_is_named_with_the_file_to_submit(project: Path) -> None:
+    for suffix in ("sbatch", "json"):
+        (project / "jobs" / f"x.{suffix}").rename(project / f"x.{suffix}")
+        (project / "jobs" / f"x.{suffix}").symlink_to(f"../x.{suffix}")
+    commit(project)
+    assert git(project, "status", "--porcelain") == ""
+    done = slurmkit(project, "submit", "--require-committed", FILE)
+    assert (done.code, done.err) == (
+        2,
+        "error: only a committed file may be submitted; jobs/x.sbatch is a symbolic link to ../x.sbatch, and git "
+        "stores only the link: commit the sbatch file and its record where they are, and submit that file: "
+        "slurmkit submit x.sbatch\n",
+    )
+
+
+def test_a_file_behind_a_symbolic_link_to_its_folder_is_committed(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "deep/er/link").symlink_to(project / "jobs")
+    with chdir(tmp_path / "deep"):
+        have, _, provenance = read_committed(Request(run_file=Path("er/link/x.sbatch")), require=True, environ={})
+    assert have.origins["nodes"] == "../a project/slurmkit.yaml:2"
+    assert provenance["file"] == str(project / FILE)
+    assert (provenance["git"]["changed"], provenance["git"]["tree"]) == ({}, {})
+
+
+def test_origins_are_relative_to_the_working_directory(project: Path) -> None:
+    slurmkit(project, "render", "--config", EXAMPLE, "--nodes", "3", "--out", FILE)
+    for folder, file in ((project, FILE), (project / "jobs", Path("x.sbatch")), (project.parent, project / FILE)):
+        with chdir(folder):
+            have = read_committed(Request(run_file=file), require=False, environ={})[0]
+            place = have.origins["name"].rpartition(":")[0]
+            assert Path(place).resolve() == project / "slurmkit.yaml"
+            assert not Path(place).is_absolute()
+            assert Path(have.config_origins["grpo.num_prompts_per_step"].rpartition(":")[0]).resolve() == EXAMPLE
+    assert have.origins["nodes"] == "command line: nodes"
