@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -62,6 +63,8 @@ HARMLESS |= {
 }
 # Where data lie that a page tells to download or to make first.
 MADE = ("data/workplace", "results/workplace-tiny")
+RUNS = ("RUN", "NAME", "A", "B", "C", "small", "grpo_workplace_assistant", "math", "x")
+RUNS += tuple(f"smollm2-seed{seed}" for seed in (1, 2, 3))
 OPTIONS_OF_A_JOB = {param.name for param in config_command.params} - {"as_json", "words"}
 # Pages that show a piece of a rendered file, which nobody types, and the image that it is of.
 RENDERED = {
@@ -90,7 +93,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site.yaml").write_text(site[1])
     for folder in ("jobs", "FOLDER", "templates"):
         (tmp_path / folder).mkdir()
-    for number, name in enumerate(("RUN", "NAME", "A", "B", "C", "small", "grpo_workplace_assistant", "math")):
+    for number, name in enumerate(RUNS):
         first, last = f"{4704 + number}.0", f"{4704 + number}.1"
         run = Made(tmp_path / "results" / name).record(first[:-2])
         run.start(first, 300).end(first, 200, 75).start(last, 100).end(last, 50, 0, "the command is done")
@@ -158,7 +161,8 @@ def check(words: list[str], here: Path, is_whole: bool = True) -> str:
         return program
     assert program in OTHERS or program.endswith("/pip"), f"nobody reads or runs {words}"
     if program == "pytest":
-        assert all((REPOSITORY / word).exists() for word in words[1:] if not word.startswith("-"))
+        paths = [word for last, word in pairwise(words) if not word.startswith("-") and last != "-m"]
+        assert all((REPOSITORY / path).exists() for path in paths)
     return program
 
 
@@ -225,9 +229,9 @@ def test_the_piece_of_a_rendered_file_that_a_page_shows_is_what_is_rendered(page
 
 
 def run(words: list[str]) -> None:
-    """Run it for real: in this process, but for what writes to its own terminal."""
+    """Run it for real: in this process, unless it writes to its own terminal or becomes another program."""
     words = ["top", "--once"] if words[0] == "top" else words
-    if words[0] in ("logs", "watch"):
+    if words[0] in ("logs", "watch", "data", "export"):
         done = subprocess.run([SLURMKIT, *words], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"slurmkit {shlex.join(words)}: {done.stderr}"
         return
