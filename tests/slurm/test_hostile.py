@@ -148,7 +148,7 @@ def test_mounts_image_and_working_directory_reach_a_container_runtime_byte_for_b
                 continue
             script = render(spec(tmp_path, container=container))
             begin = script.index(f"# ---- {'Apptainer' if runtime == 'apptainer' else runtime}")
-            lines += [script[begin : script.index('"${step[@]}"')], "printf '%s\\0' \"${container[@]}\" $'\\x1e'"]
+            lines += [script[begin : script.index('"${sk_step[@]}"')], "printf '%s\\0' \"${sk_container[@]}\" $'\\x1e'"]
             words.append((key, value))
     done = subprocess.run(["bash"], input="\n".join(lines).encode(), capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()

@@ -32,7 +32,7 @@ def test_the_run_file_renders_for_its_container_without_a_secret(
     ):
         assert f"\n{line}" in script
     assert "canary" not in script
-    assert "secrets=(HF_TOKEN WANDB_API_KEY)" in script
+    assert "for sk_name in HF_TOKEN WANDB_API_KEY; do" in script
 
 
 def test_uv_gets_nemo_rl_s_own_command_once_with_the_address_of_our_ray(cluster: Cluster, shared_path: Path) -> None:
