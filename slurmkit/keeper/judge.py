@@ -168,13 +168,23 @@ def last_lines(path: str, count: int) -> List[str]:
         return []
 
 
-def lines_after(path: str, position: int) -> List[str]:
-    """The lines of a log behind a position, at most some 100 KB; none of what is no file, such as a pipe."""
+def lines_after(path: str, mark: str) -> List[str]:
+    """Return the lines of a log after the last one that ends with `mark`, at most some 100 KB.
+
+    Empty if the log has no such line, or is no file but a pipe.
+    """
     try:
-        if position < 0 or not os.path.isfile(path):
+        if not os.path.isfile(path):
             return []
-        with open(path, "rb") as file:
-            file.seek(position)
-            return file.read(100000).decode(errors="replace").splitlines()
+        lines: List[str] = []
+        is_after, size = False, 0
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.rstrip("\n").endswith(mark):
+                    lines, is_after, size = [], True, 0
+                elif is_after and size < 100_000:
+                    lines.append(line.rstrip("\n"))
+                    size += len(line)
+        return lines
     except OSError:
         return []

@@ -50,7 +50,6 @@ class Watch:
         self._left: Optional[float] = None
         self._container = container
         self._is_over = False
-        self._output = size_of("/proc/self/fd/1")  # what follows is srun's, and slurmkit's
 
     def until_over(self) -> int:
         """Watch until the batch script says that the nodes have left; the job's exit code."""
@@ -166,7 +165,8 @@ class Watch:
     def conclude(self) -> int:
         """Say what ended the attempt, record it, and let the run go on, or not."""
         has_space = self._meeting.has_space()
-        output = lines_after("/proc/self/fd/1", self._output)
+        # From the line that the script prints before srun: srun may fail before this process has started.
+        output = lines_after("/proc/self/fd/1", f"logs in {self._meeting.folder}")
         verdict = judge(self._meeting, self._why, self._is_cancelled, output, self._container)
         for text, log in verdict.said:
             tell(text + (f"; the end of {os.path.join(self._meeting.folder, log)}:" if log else ""))

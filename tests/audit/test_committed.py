@@ -11,6 +11,7 @@ import pytest
 from in_git import commit, git, make_project, slurmkit
 from parts import REPOSITORY
 
+from slurmkit.config.validate import shown
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, settle
 from slurmkit.run.committed import few, read_committed
@@ -214,7 +215,7 @@ def test_a_committed_file_keeps_the_site_s_rules_of_today_for_templates(project:
         ("lock: [qos]\n", f"qos: 'x' ({project}/mine/job.sbatch.j2: a #SBATCH line) cannot be set: the site locks it"),
         (
             "lock: [templates]\n",
-            f"templates: '{project}/mine' (the rendered file's record) cannot be set: the site locks it",
+            f"templates: {shown(f'{project}/mine')} (the rendered file's record) cannot be set: the site locks it",
         ),
     ):
         site.write_text(rules)

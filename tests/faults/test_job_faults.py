@@ -399,7 +399,7 @@ def test_what_the_kernel_kills_for_memory_is_told_with_the_limit_and_the_peak(
     limit = 600 << 20
     setup = (
         f"mkdir -p {group}/step && echo {limit} >{group}/memory.limit_in_bytes && "
-        f"{{ [[ $SLURM_NODEID == 0 ]] || for each in $$ $keeper; do echo $each >{group}/step/cgroup.procs; done; }}"
+        f"{{ [[ $SLURM_NODEID == 0 ]] || for id in $$ $sk_keeper_pid; do echo $id >{group}/step/cgroup.procs; done; }}"
     )
     script = EAT.replace("@ray.remote(", '@ray.remote(resources={"node:" + __import__("os").environ["X"]: 0.01}, ')
     (here / "eat.py").write_text(script)

@@ -115,6 +115,7 @@ def test_a_lost_node_is_named_and_what_is_left_goes_on_until_ray_is_lost(
 
     driver = start(folder, TINY, LONG, RAY_ADDRESS=address)
     assert driver.stdout is not None
+    assert driver.stdout.readline() == "importing torch and Ray\n"
     assert driver.stdout.readline().startswith(f"going on after step {saved}, from ")
     until(lambda: (folder / f"step_{saved + 3}").exists(), driver)
     next(each for each in processes if each.name() == "gcs_server").kill()

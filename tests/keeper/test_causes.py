@@ -13,7 +13,7 @@ from attempts import attempt, followed, meeting
 from slurmkit.keeper import follow_up, node
 from slurmkit.keeper.chain import Chain, Limits, begin
 from slurmkit.keeper.follow_up import FollowUp
-from slurmkit.keeper.judge import judge
+from slurmkit.keeper.judge import judge, lines_after
 from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
 from slurmkit.keeper.stand_in import StandIn
@@ -97,6 +97,15 @@ def test_a_container_that_does_not_start_is_named_with_its_words(meeting: Meetin
     assert verdict.reason == " ".join(f"the container did not start on {words}".split())
     assert (verdict.code, verdict.never_started) == (75, True)
     assert verdict.bad_nodes == [words.split()[1].rstrip(":")]
+
+
+def test_what_srun_said_is_read_from_this_attempt_s_first_line_on(tmp_path: Path) -> None:
+    log, mark = tmp_path / "slurm-5.out", "logs in /r/attempts/5.1"
+    log.write_text(PYXIS + PYXIS.replace("5.0", "5.1").replace("node1", "node3"))
+    assert [line for line in lines_after(str(log), mark) if "task 0" in line] == [
+        "srun: error: node3: task 0: Exited with exit code 1"
+    ]
+    assert lines_after(str(log), "logs in /r/attempts/6.0") == lines_after(str(tmp_path / "none"), mark) == []
 
 
 def test_a_container_that_starts_on_no_node_blames_none(
