@@ -1,7 +1,8 @@
-"""Shell completion of values: keys of a job, partitions, profiles."""
+"""Shell completion of values: keys of a job, partitions, accounts, profiles."""
 
 from __future__ import annotations
 
+import getpass
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -27,12 +28,20 @@ def keys(context: click.Context, parameter: click.Parameter, incomplete: str) ->
 
 def partitions(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Return the cluster's partitions that begin so; none if Slurm does not answer in time."""
-    if shutil.which("sinfo") is None:
+    return _from_slurm(incomplete, "sinfo", "-h", "-o", "%R")
+
+
+def accounts(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the user's own accounts that begin so; none if there is no accounting, or it does not answer in time."""
+    who = f"user={getpass.getuser()}"
+    return _from_slurm(incomplete, "sacctmgr", "-nP", "show", "associations", who, "format=account")
+
+
+def _from_slurm(incomplete: str, *command: str) -> list[str]:
+    if shutil.which(command[0]) is None:
         return []
     try:
-        done = subprocess.run(
-            ["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=_DEADLINE, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [name for name in dict.fromkeys(done.stdout.split()) if name.startswith(incomplete)]

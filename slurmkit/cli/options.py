@@ -20,7 +20,7 @@ _SLURM = [
     click.option("--nodes", "-N", type=int, help="Number of nodes."),
     click.option("--time", "-t", help="Time limit: minutes, h:mm:ss or d-hh:mm:ss."),
     click.option("--partition", "-p", help="Partition.", shell_complete=completers.partitions),
-    click.option("--account", "-A", help="Account to charge."),
+    click.option("--account", "-A", help="Account to charge.", shell_complete=completers.accounts),
     click.option("--qos", help="Quality of service."),
     click.option("--gres", help="Generic resources per node, such as gpu:h100:8."),
     click.option("--gpus-per-node", help="GPUs per node: 8 or h100:8."),

@@ -176,10 +176,14 @@ class Site:
                 wanted, asked = _get(defaults, key), _get(merged.data, key)
                 if _plain(asked) != _plain(wanted):
                     to = f" to {shown(wanted)}" if wanted is not None else ""
-                    yield (
-                        f"{key}: {shown(asked)} ({origin_of(merged, tuple(key.split('.')))}) cannot be set: the site "
-                        f"locks it{to}{whom} ({self.place(*prefix, 'lock', str(index))})"
+                    origin = origin_of(merged, tuple(key.split(".")))
+                    where = f" ({origin})" if origin else ""
+                    given = (
+                        f"{key}{where} cannot be left out"
+                        if asked is None
+                        else f"{key}: {shown(asked)}{where} cannot be set"
                     )
+                    yield f"{given}: the site locks it{to}{whom} ({self.place(*prefix, 'lock', str(index))})"
 
     def refusals(self, spec: JobSpec, source: Source) -> Iterator[str]:
         """A refusal for each limit that a job breaks, and for each forbidden variable."""

@@ -235,6 +235,13 @@ class JobSpec(Section):
     def _container_sees_the_job(self) -> JobSpec:
         if self.container.runtime != "none":
             self.container.binds(self.run_dir, self.workdir)
+        if self.container.runtime == "apptainer":
+            for name, value in self.env.items():
+                if "\r\n" in value:
+                    raise ValueError(
+                        f"env.{name} ({value!r}) has a carriage return before a line break, which apptainer removes: "
+                        "leave it out, or read the value from a file"
+                    )
         return self
 
     def directives(self) -> Iterator[tuple[str, str | None]]:

@@ -32,6 +32,8 @@ _NO_ANSWER = (
     *("Unable to contact", "Connection refused", "Connection reset", "timed out", "standby mode", "Zero Bytes were"),
     *("ommunication connection failure", "essage send failure", "essage receive failure", "Transport endpoint is not"),
 )
+# What sbatch --test-only says: when, and as far as its release names them, on which nodes and in which partition.
+_STARTS = r"to start at (\d\S+)(?: using \d+ processors?)?(?: on (?:nodes? )?(\S+))?(?: in partition (\S+))?"
 _NO_SLURM = ("configuration source", "configuration file")
 
 
@@ -112,8 +114,8 @@ class CommandClient:
                 raise
             raise UserError(str(error).replace("sbatch failed", "Slurm would refuse this job: sbatch failed")) from None
         said = _decoded(done.stderr)
-        found = re.search(r"to start at (\S+) using \d+ processors on (?:nodes )?(\S+)(?: in partition (\S+))?", said)
-        return Estimate(found[1], found[2], found[3] or "") if found else Estimate(None, "", "")
+        found = re.search(_STARTS, said)
+        return Estimate(found[1], found[2] or "", found[3] or "") if found else Estimate(None, "", "")
 
     def submit(self, script: Path, environment: Mapping[str, str] = MappingProxyType({})) -> str:
         """See SlurmClient. A refusal by sbatch is a Failure that carries Slurm's own words."""

@@ -175,7 +175,7 @@ def test_only_a_rendered_file_can_be_required_to_be_committed(project: Path, tmp
     ("rules", "message"),
     [
         ("limits: {nodes: {max: 1}}", "nodes: 2 (slurmkit.yaml:2) is above the maximum of 1"),
-        ("defaults: {partition: big}\nlock: [partition]", "partition: None (None) cannot be set: the site locks it"),
+        ("defaults: {partition: big}\nlock: [partition]", "partition cannot be left out: the site locks it to 'big'"),
         ("require: [account]", "account must be given: the site requires it"),
         ("forbid: {env: [A*]}", "env.A (slurmkit.yaml:3) cannot be set: the site forbids A*"),
     ],

@@ -65,7 +65,7 @@ def completed(here: Path, line: str, **environment: str) -> list[str]:
     return [answer.partition(",")[2] for answer in slurmkit(here, **ask, **environment).split()]
 
 
-def test_a_shell_completes_keys_profiles_and_partitions(tmp_path: Path) -> None:
+def test_a_shell_completes_keys_profiles_partitions_and_accounts(tmp_path: Path) -> None:
     (tmp_path / "slurmkit.yaml").write_text("profiles: {debug: {nodes: 1}, large: {nodes: 9}}\n")
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -75,5 +75,8 @@ def test_a_shell_completes_keys_profiles_and_partitions(tmp_path: Path) -> None:
     assert completed(tmp_path, "slurmkit submit --set container.wr") == ["container.writable="]
     assert completed(tmp_path, "slurmkit submit --profile d") == ["debug"]
     assert completed(tmp_path, "slurmkit submit --partition ", PATH=path) == ["batch", "high"]
+    (programs / "sacctmgr").write_text("#!/bin/sh\nprintf 'proj-1\nproj-2\nteam\n'\n")
+    (programs / "sacctmgr").chmod(0o755)
+    assert completed(tmp_path, "slurmkit submit --account pr", PATH=path) == ["proj-1", "proj-2"]
     (programs / "sinfo").write_text("#!/bin/sh\nexit 1\n")
     assert completed(tmp_path, "slurmkit submit -p h", PATH=path) == []

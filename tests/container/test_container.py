@@ -140,6 +140,17 @@ def test_the_environment_is_passed_by_name_and_no_value_stands_in_an_argument(ru
         assert {"CANARY", "SLURM*", "SK_*", "RAY_*"} < set(value_of("--env", arguments))
 
 
+def test_a_value_that_apptainer_would_change_is_refused() -> None:
+    for runtime in RUNTIMES:
+        container = {"runtime": runtime, "image": IMAGES[runtime]}
+        assert spec(container, env={"A": "x\ry\n"}).env == {"A": "x\ry\n"}
+        if runtime == "apptainer":
+            with pytest.raises(ValidationError, match=r"env\.A .* has a carriage return before a line break, which"):
+                spec(container, env={"A": "x\r\ny"})
+        else:
+            assert spec(container, env={"A": "x\r\ny"}).env == {"A": "x\r\ny"}
+
+
 def test_a_named_container_is_never_entered_while_another_job_runs_in_it() -> None:
     arguments = words(spec({"runtime": "pyxis", "image": "i", "name": "kept"}))
     assert value_of("--container-name", arguments) == ["kept:no_exec"]

@@ -153,7 +153,7 @@ def test_a_locked_key_may_be_repeated_with_the_same_value(site: Site) -> None:
 def test_a_locked_key_cannot_be_taken_away_by_a_null(tmp_path: Path) -> None:
     site = Site(tmp_path, "defaults: {qos: low}\nlock: [qos]\n")
     assert site.refusal(qos=None) == [
-        "qos: None (command line: qos) cannot be set: the site locks it to 'low' (site.yaml:2)"
+        "qos (command line: qos) cannot be left out: the site locks it to 'low' (site.yaml:2)"
     ]
 
 

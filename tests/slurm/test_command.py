@@ -61,6 +61,25 @@ def test_the_stored_script_is_read_back_byte_for_byte(client: CommandClient, sha
     client.cancel(job_id)
 
 
+@pytest.mark.parametrize(
+    ("words", "estimate"),
+    [
+        ("using 4 processors on node1 in partition batch", ("2031-05-06T07:08:09", "node1", "batch")),
+        ("using 1 processor on nodes node[1-2]", ("2031-05-06T07:08:09", "node[1-2]", "")),
+        ("in partition batch", ("2031-05-06T07:08:09", "", "batch")),
+        ("", ("2031-05-06T07:08:09", "", "")),
+    ],
+)
+def test_an_estimate_needs_no_more_than_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, estimate: tuple[str, str, str]
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\necho 'sbatch: Job 7 to start at 2031-05-06T07:08:09 {words}' >&2\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert CommandClient().test("#!/bin/sh\n") == estimate
+
+
 def test_the_caller_s_variables_hide_nothing_from_its_questions(
     client: CommandClient, shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
