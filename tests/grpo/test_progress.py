@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
 from slurmkit.grpo import progress
-from slurmkit.grpo.progress import Count, reported
+from slurmkit.grpo.progress import Count, Progress, reported
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST", 0.05)
     monkeypatch.setattr(progress, "_EVERY", 0.05)
 
 
+@pytest.mark.usefixtures("_soon")
 def test_a_long_phase_logs_its_episodes_as_they_finish(capsys: pytest.CaptureFixture[str]) -> None:
     count = Count(total=3)
 
@@ -36,11 +38,19 @@ def test_a_short_phase_logs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_a_phase_that_stands_still_logs_when_its_time_has_doubled(capsys: pytest.CaptureFixture[str]) -> None:
-    asyncio.run(reported("loading", asyncio.sleep(1)))
-    assert 3 <= len(capsys.readouterr().out.splitlines()) <= 5
+def test_lines_come_after_5_s_then_every_10_s_and_rarely_if_nothing_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    phase = Progress("loading")
+    for now, done in ((4, "0"), (6, "1"), (15, "2"), (17, "2"), (28, "2"), (33, "2"), (35, "2"), (44, "3"), (46, "3")):  # noqa: B007
+        phase.log(done)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["loading: 1, 6 s", "loading: 2, 17 s", "loading: 2, 35 s", "loading: 3, 46 s"]
 
 
+@pytest.mark.usefixtures("_soon")
 def test_a_failure_is_raised_while_a_phase_is_reported() -> None:
     async def fail() -> None:
         await asyncio.sleep(0.1)
