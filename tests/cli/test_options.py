@@ -13,7 +13,7 @@ from parts import SLURMKIT
 FLAGS = {
     "reservation": ("--reservation maintenance", "maintenance"),
     "nodelist": ("-w node[1-2]", "node[1-2]"),
-    "exclude": ("--exclude=node3", "node3"),
+    "exclude": ("-x node3", "node3"),
     "dependency": ("-d afterok:7", "afterok:7"),
     "sbatch.licenses": ("-L matlab:2", "matlab:2"),
     "mail_type": ("--mail-type END,FAIL", "END,FAIL"),

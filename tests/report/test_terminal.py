@@ -84,8 +84,12 @@ def test_lines_of_the_log_come_at_most_every_10_s_and_never_instead_of_a_step(
 def test_a_terminal_shows_the_log_s_last_line_below_the_figures(tmp_path: Path, screen: io.StringIO) -> None:
     console = Console(file=screen, force_terminal=True, width=90, color_system=None)
     log = tmp_path / "driver.log"
-    (tmp_path / "metrics.jsonl").write_text(line(1, **{"time:step": 4.0}))
+    metrics = tmp_path / "metrics.jsonl"
     with RunProgress(tmp_path, console, whole=True) as shown:
+        log.write_text("loading the engines: 5 s\n")
+        console.print(shown.drawn(log))
+        assert "loading the engines: 5 s" in screen.getvalue()
+        metrics.write_text(line(1, **{"time:step": 4.0}))
         shown.update(log)
         log.write_text("step 1/10  4.00 s\n")
         console.print(shown.drawn(log))
