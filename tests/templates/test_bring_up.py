@@ -38,3 +38,15 @@ def test_a_signal_that_cannot_be_passed_on_does_not_fail_the_node(tmp_path: Path
     (tmp_path / "command").write_text("sk_command=(true)\n")
     stubs = "sk_start_ray() { SK_MEET=/nowhere; kill -USR2 $$; trap - EXIT; echo left; exit; }"
     assert run(tmp_path, stubs, "sk_run_head") == "left\n"
+
+
+def test_two_shells_of_a_node_can_publish_the_same_fact_at_once(tmp_path: Path) -> None:
+    spec = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
+    text = render(JobSpec.model_validate(spec))
+    functions = text[text.index("sk_reserve()") : text.index('mkdir -p "$SK_MEET"')]
+    call = "sk_reserve fact; for try in {1..300}; do sk_publish fact ended 0 || echo failed; done"
+    environ = {"PATH": "/usr/bin:/bin", "SK_MEET": str(tmp_path), "SLURMD_NODENAME": "node1"}
+    command = ["bash", "-c", f"set -euo pipefail\n{functions}\n{call}"]
+    shells = [subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [shell.communicate(timeout=60)[0] for shell in shells] == ["", "", ""]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"fact": "ended\n"}
