@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from _faults import REPOSITORY, cluster_of
@@ -91,8 +92,13 @@ env: {OMP_NUM_THREADS: 8}
 """
 # sdiag's own, and what nodes tell the controller of themselves, whoever submitted: up to 7 nodes report the end of any
 # job step one by one, more of them together (REVERSE_TREE_WIDTH).
-NOT_COUNTED = ("MESSAGE_EPILOG_COMPLETE", "MESSAGE_NODE_REGISTRATION_STATUS", "REQUEST_PING", "REQUEST_STATS_INFO")
-NOT_COUNTED += ("REQUEST_STEP_COMPLETE",)
+NOT_COUNTED = (
+    "MESSAGE_EPILOG_COMPLETE",
+    "MESSAGE_NODE_REGISTRATION_STATUS",
+    "REQUEST_PING",
+    "REQUEST_STATS_INFO",
+    "REQUEST_STEP_COMPLETE",
+)
 
 
 def environments(cache: Path) -> dict[str, Path]:
@@ -128,10 +134,11 @@ def commands(bins: dict[str, Path]) -> dict[str, Callable[[], list[str]]]:
         "torchx": f"{torchx} utils.sh true",
         "NeMo-Run": f"{bins['nemo-run']}/python use_nemo_run.py",
     }
-    return {
-        name: lambda line=line: shlex.split(line.replace("NAME", f"s{time.monotonic_ns()}"))
-        for name, line in rows.items()
-    }
+    return {name: partial(_words_of, line) for name, line in rows.items()}
+
+
+def _words_of(line: str) -> list[str]:
+    return shlex.split(line.replace("NAME", f"s{time.monotonic_ns()}"))
 
 
 def in_turns(
@@ -177,7 +184,16 @@ def requests(slurmkit: Path, nodes: int, here: Path) -> dict[str, int]:
     keys = [f"python={sys.executable}", "ray.num_cpus=1", "ray.object_store_memory=100000000"]
     options = [word for key in keys for word in ("--set", key)]
     subprocess.run(["sdiag", "--reset"], check=True, stdout=subprocess.DEVNULL)
-    command = [slurmkit, "submit", f"--nodes={nodes}", "--partition=batch", f"--name={name}", *options, "--", "true"]
+    command: list[str | Path] = [
+        slurmkit,
+        "submit",
+        f"--nodes={nodes}",
+        "--partition=batch",
+        f"--name={name}",
+        *options,
+        "--",
+        "true",
+    ]
     done = subprocess.run(command, cwd=here, check=True, capture_output=True, text=True)
     job_id = done.stdout.split()[1]
     deadline = time.monotonic() + 300

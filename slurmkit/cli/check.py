@@ -13,17 +13,25 @@ from slurmkit.job.audit import read_rendered
 
 
 @click.command("check")
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(path_type=Path))
 def command(files: tuple[Path, ...]) -> None:
     """Tell whether written sbatch files are still what rendering makes of their sources.
 
-    Without FILES: all that slurmkit rendered below this folder, run directories aside. Exit code: 0 all are, 1 one is
-    not, 2 one cannot be told.
+    A folder stands for all files that slurmkit rendered below it, except those in run directories. The default is this
+    folder. Exit code: 0 all are, 1 one is not, 2 one cannot be told.
     """
-    found = files or tuple(check.rendered_below(Path()))
-    if not found:
-        raise UserError("nothing to check: there is no rendered *.sbatch below this folder")
-    sys.exit(max(_report(path) for path in found))
+    paths = tuple(path for given in files or (Path(),) for path in _files_of(given))
+    sys.exit(max(_report(path) for path in paths))
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    if not path.is_dir():
+        return (path,)
+    rendered = tuple(check.rendered_below(path))
+    if not rendered:
+        where = "this folder" if path == Path() else str(path)
+        raise UserError(f"nothing to check: there is no rendered *.sbatch below {where}")
+    return rendered
 
 
 def _report(path: Path) -> int:

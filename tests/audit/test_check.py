@@ -193,6 +193,7 @@ def test_without_files_all_that_was_rendered_is_found_and_nothing_else(rendered:
         line.split(maxsplit=1)[1] for line in done.out.splitlines() if line.startswith(("same", "differs", "error"))
     ]
     assert found == ["jobs/lost.sbatch", "jobs/x.sbatch", "jobs/deep er/x.sbatch"]
+    assert "jobs/deep er/x.sbatch" in slurmkit(rendered, "check", "jobs/deep er").out
     assert "jobs/lost.sbatch has no lost.json beside it" in done.err
 
 
@@ -201,7 +202,7 @@ def test_without_files_all_that_was_rendered_is_found_and_nothing_else(rendered:
     [
         (["check"], "nothing to check: there is no rendered *.sbatch below this folder"),
         (["check", "none.sbatch"], "none.sbatch: cannot be read: No such file or directory"),
-        (["check", "."], "cannot be read: Is a directory"),
+        (["check", "."], "nothing to check: there is no rendered *.sbatch below this folder"),
         (["render", "--out", "x.sh", "--", "true"], "--out x.sh: must end in .sbatch"),
         (
             ["render", "--out", "/proc/no/x.sbatch", "--", "true"],
