@@ -162,8 +162,8 @@ _VICTIMS = {
 }
 
 
-def schedule(seed: int) -> Iterator[Fault]:
-    """Faults without end, all kinds equally often. A function of the seed alone.
+def schedule(seed: int, within: float = 25.0) -> Iterator[Fault]:
+    """Yield faults without end, all kinds equally often, at most `within` seconds after a saved step.
 
     One in four falls into a bring-up, but never two in a row: a run that gets nowhere three times gives up.
     """
@@ -171,7 +171,7 @@ def schedule(seed: int) -> Iterator[Fault]:
     after = "step"
     while True:
         for kind in rng.sample(KINDS, len(KINDS)):
-            starting, during, training = rng.random() < 0.25, rng.uniform(0, 15), rng.uniform(0, 25)
+            starting, during, training = rng.random() < 0.25, rng.uniform(0, 15), rng.uniform(0, within)
             after = "start" if starting and after == "step" else "step"
             seconds = during if after == "start" else training
             place, lasts = rng.randrange(2), rng.uniform(*LASTS.get(kind, (0, 0)))

@@ -1,7 +1,8 @@
 """A run on a development cluster that is killed again and again, at moments and in ways that a seed chooses; at the end
 its figures must equal those of a run that was left alone, and the nodes must be as they were.
 
-    sudo python benchmarks/soak.py [--minutes 30] [--seed 1] [--nodes 4] [--steps N] [--json FILE] [--keep]
+    sudo python benchmarks/soak.py [--minutes 30] [--seed 1] [--within 25] [--nodes 4] [--steps N]
+        [--json FILE] [--keep]
 
 Killed are the driver, a raylet, a slurmd (started again), a whole node (switched on again), slurmctld (started again)
 and a node's network (plugged in again). After `--minutes` the kills stop and the run may finish. Exit code 1 where a
@@ -271,7 +272,7 @@ def soak(cluster: Cluster, folder: Path, options: argparse.Namespace) -> tuple[l
     say(f"the run that is disturbed is job {run.submit('--until-done', '--max-attempts', '500', steps)}")
     events: list[Event] = []
     try:
-        follow(run, schedule(options.seed), options.minutes * 60, events)
+        follow(run, schedule(options.seed, options.within), options.minutes * 60, events)
         problems = check(run, plain, events, before)
     except RuntimeError as error:
         problems = [str(error)]
@@ -294,13 +295,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="of kills")
     parser.add_argument("--seed", type=int, default=1, help="of the kills")
+    parser.add_argument(
+        "--within", type=float, default=25, metavar="SECONDS", help="from a saved step to a kill, at most"
+    )
     parser.add_argument("--nodes", type=int, default=4, help="of the cluster; the run takes two")
     parser.add_argument("--steps", type=int, help="of the run; 40 a minute, if not given")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--keep", action="store_true", help="leave the run directories")
     options = parser.parse_args()
     print(f"the kills of seed {options.seed}, as far as there is time for them:")
-    for number, fault in enumerate(islice(schedule(options.seed), max(6, round(options.minutes * 1.5))), 1):
+    for number, fault in enumerate(
+        islice(schedule(options.seed, options.within), max(6, round(options.minutes * 1.5))), 1
+    ):
         lasts = f" for {fault.lasts:g} s" if fault.lasts else ""
         print(f"  #{number} {fault.kind}{lasts} of node {fault.place}, {fault.seconds:g} s after a {fault.after}")
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/var/tmp"))
