@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from driver import TINY, Run, all_end, ended, last_logged, nothing_left_behind, processes_of, run, start, until
 from tiny import tiny_config
@@ -88,18 +91,30 @@ def test_agents_act_with_the_policy_while_it_is_trained_with_completions_in_flig
     assert max(done.values("train:age_max")) == 1
 
 
+def engine_core(driver: subprocess.Popen[str]) -> psutil.Process | None:
+    """Return the process of vLLM's engine, None while it is not there."""
+    for process in processes_of(driver):
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("VLLM::EngineCor") and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+    return None
+
+
 def test_an_engine_whose_process_dies_is_started_again_and_once_too_often_ends_the_run_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     with nothing_left_behind():
         driver = start(tmp_path, TINY, *VLLM, "grpo.max_num_steps=1000", "policy.generation.max_restarts=1")
-        family = []
+        family: list[psutil.Process] = []
         for _ in range(2):
             step = last_logged(tmp_path)
             until(lambda step=step: last_logged(tmp_path) >= step + 2, driver)  # type: ignore[misc]
-            now = processes_of(driver)
-            family += now
-            next(each for each in now if each.name().startswith("VLLM::EngineCor")).kill()
+            # Steps whose episodes were there already may be logged before the engine has been started again.
+            until(lambda: engine_core(driver) is not None, driver)
+            family += processes_of(driver)
+            core = engine_core(driver)
+            assert core is not None
+            core.kill()
         done = ended(driver, tmp_path)
         all_end(family)
     assert done.code == 75

@@ -39,7 +39,12 @@ KEYS: dict[str, dict[str, Any]] = {
 }
 SCRIPTS = {
     **{name: render(JobSpec.model_validate({**MINIMAL, **keys})) for name, keys in KEYS.items()},
-    "example": render(settle(Request(config=REPOSITORY / "examples/grpo_arithmetic.yaml"), Path("/w"), {}).spec),
+    "example": render(
+        # Not this environment's Python, whose path may have a space and then looks like one more name.
+        settle(
+            Request(config=REPOSITORY / "examples/grpo_arithmetic.yaml", flags={"python": "python3"}), Path("/w"), {}
+        ).spec
+    ),
 }
 # The script keeps what the job gives: it sets these only if they are missing, or inside a container of no use.
 ONCE_ASSIGNED = {
