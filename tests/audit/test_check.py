@@ -167,9 +167,7 @@ TROUBLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", TROUBLE)
-def test_what_cannot_be_checked_gets_one_message_and_the_others_are_checked_all_the_same(
-    what: str, rendered: Path
-) -> None:
+def test_check_reports_an_uncheckable_file_and_still_checks_the_others(what: str, rendered: Path) -> None:
     slurmkit(rendered, "render", "--set", "templates=null", "--out", "jobs/y.sbatch")
     change, message = TROUBLE[what]
     change(rendered)

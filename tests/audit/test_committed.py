@@ -36,7 +36,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_the_job_of_a_committed_file_is_the_one_that_was_settled_and_its_commit_is_recorded(project: Path) -> None:
+def test_a_committed_file_keeps_its_settled_job_and_records_its_commit(project: Path) -> None:
     with chdir(project):
         slurmkit(project, "render", "--config", EXAMPLE, "--nodes", "2", "--out", FILE)
         head = commit(project)
@@ -180,7 +180,7 @@ def test_only_a_rendered_file_can_be_required_to_be_committed(project: Path, tmp
         ("forbid: {env: [A*]}", "env.A (slurmkit.yaml:3) cannot be set: the site forbids A*"),
     ],
 )
-def test_the_site_s_rules_of_today_hold_for_a_file_that_was_rendered_elsewhere(
+def test_current_site_rules_apply_to_a_file_rendered_elsewhere(
     project: Path, tmp_path: Path, rules: str, message: str
 ) -> None:
     site = tmp_path / "site.yaml"
@@ -190,9 +190,7 @@ def test_the_site_s_rules_of_today_hold_for_a_file_that_was_rendered_elsewhere(
     assert message in done.err
 
 
-def test_rules_on_keys_that_settle_into_others_do_not_stand_in_a_rendered_file_s_way(
-    project: Path, tmp_path: Path
-) -> None:
+def test_site_rules_on_keys_that_resolve_to_others_accept_a_rendered_file(project: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(
         "defaults: {results_dir: /scratch, time: 30}\nlock: [results_dir, time, templates]\nrequire: [nodes]\n"

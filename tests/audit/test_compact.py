@@ -45,13 +45,13 @@ VALUES = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.dictionaries(KEYS, VALUES, max_size=6))
-def test_whatever_a_configuration_holds_reads_back_the_same_in_yaml_1_1_and_1_2(data: dict[str, Any]) -> None:
+def test_compact_yaml_parses_to_the_same_data_as_yaml_1_1_and_1_2(data: dict[str, Any]) -> None:
     text = compact_yaml(data)
     assert (parse_value(text) or {}) == data
     assert (yaml.safe_load(text) or {}) == data
 
 
-def test_lines_are_filled_and_a_group_is_broken_only_where_a_line_is_too_short() -> None:
+def test_compact_yaml_fills_lines_and_breaks_only_groups_that_do_not_fit() -> None:
     data = {"a": {f"key_{i}": i for i in range(12)}, "b": {"c": "x y", "long": {"k" * 60: 1, "l" * 60: [1, 2.0]}}}
     assert compact_yaml(data).splitlines() == [
         "a: {" + " ".join(f"key_{i}: {i}," for i in range(11)),

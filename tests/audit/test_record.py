@@ -69,7 +69,7 @@ def test_the_record_names_all_that_the_file_was_made_from(project: Path, tmp_pat
     )
 
 
-def test_the_recorded_command_makes_the_same_two_files_again_wherever_git_stands_still(project: Path) -> None:
+def test_the_recorded_command_reproduces_both_files_byte_for_byte(project: Path) -> None:
     assert slurmkit(project / "jobs", "render", "--set", "env.A=a b", "--out", "x.sbatch").code == 0
     paths = [project / "jobs/x.sbatch", project / "jobs/x.json"]
     before = [path.read_bytes() for path in paths]
@@ -83,7 +83,7 @@ def test_the_recorded_command_makes_the_same_two_files_again_wherever_git_stands
     assert [path.read_bytes() for path in paths] == before
 
 
-def test_a_source_that_git_does_not_hold_is_said_so_and_the_files_themselves_never(project: Path) -> None:
+def test_the_record_marks_untracked_and_ignored_sources_but_not_its_output(project: Path) -> None:
     (project / "results").mkdir()
     (project / "results/ignored.yaml").write_text("nodes: 4\n")
     (project / "new.yaml").write_text("name: x\n")
@@ -94,7 +94,7 @@ def test_a_source_that_git_does_not_hold_is_said_so_and_the_files_themselves_nev
         assert json.loads((project / "jobs/x.json").read_text())["git"]["changed"] == {run_file: expected}
 
 
-def test_outside_git_the_record_has_no_commit_and_its_paths_are_relative_to_it_all_the_same(tmp_path: Path) -> None:
+def test_outside_git_the_record_has_no_commit_and_keeps_relative_paths(tmp_path: Path) -> None:
     (tmp_path / "slurmkit.yaml").write_text("command: [true]\n".replace("true", "'true'"))
     slurmkit(tmp_path, "render", "--out", "x.sbatch")
     record = json.loads((tmp_path / "x.json").read_text())

@@ -47,7 +47,7 @@ def job(cluster: Cluster, shared_path: Path) -> Iterator[tuple[Path, str, str]]:
     cluster.ask("scancel", "--quiet", found[1])
 
 
-def test_a_committed_file_s_job_is_the_same_everywhere_waiting_running_and_ended(
+def test_verify_finds_the_same_job_everywhere_pending_running_and_ended(
     cluster: Cluster, job: tuple[Path, str, str]
 ) -> None:
     project, job_id, head = job
@@ -117,7 +117,7 @@ def test_each_place_that_differs_is_named_with_its_difference(cluster: Cluster, 
     }
 
 
-def test_a_run_directory_that_a_later_attempt_wrote_again_is_said_to_be_that(
+def test_verify_reports_a_run_directory_overwritten_by_a_later_attempt(
     cluster: Cluster, job: tuple[Path, str, str]
 ) -> None:
     project, job_id, _ = job

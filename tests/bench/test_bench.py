@@ -32,7 +32,7 @@ def bench(here: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
     )
 
 
-def test_fake_data_measures_the_trainer_and_keeps_what_a_later_run_is_compared_with(tmp_path: Path) -> None:
+def test_fake_data_measures_the_trainer_and_saves_a_baseline(tmp_path: Path) -> None:
     words = ["--shape", "tiny", "--seq-length", "64", "--sequences", "2", "--steps", "3", "--threads", "1"]
     first = bench(tmp_path, "train", "--fake-data", *words, "--json", "--save-baseline", "kept/small.json")
     assert first.returncode == 0, first.stderr
@@ -56,7 +56,7 @@ def test_fake_data_measures_the_trainer_and_keeps_what_a_later_run_is_compared_w
     assert figures["peak_memory_mib"] > figures["loaded_memory_mib"] > 50
 
 
-def test_a_turn_of_a_conversation_costs_the_driver_less_than_five_milliseconds_of_processor_time() -> None:
+def test_a_conversation_turn_costs_the_driver_under_5_ms_of_cpu_time() -> None:
     settings = {"groups": 4, "generations": 4, "rounds": 1}
     found = measured("rollout", settings)
     assert found["settings"] == found["settings"] | settings | {"turns": 6, "tools": 27}
@@ -132,7 +132,7 @@ def test_an_engine_that_made_other_work_gets_no_ratio(monkeypatch: pytest.Monkey
     assert any(row.startswith(problem) for row in rows)
 
 
-def test_an_asynchronous_run_in_a_slow_environment_tells_its_rate_its_ages_and_who_waited() -> None:
+def test_an_async_run_with_slow_episodes_reports_rate_ages_and_idle_time() -> None:
     settings = {"age": 1, "steps": 3, "prompts": 2, "generations": 2, "median_seconds": 0.05}
     found = measured("slow_episodes", settings)
     assert found["settings"] == found["settings"] | settings
@@ -338,7 +338,7 @@ def test_a_tree_s_memory_holds_that_of_grandchildren() -> None:
     assert watched.peak_mib > 200
 
 
-def test_a_figure_is_called_worse_beyond_one_percent_of_memory_or_fifteen_of_throughput() -> None:
+def test_compare_flags_over_1_percent_more_memory_or_15_less_throughput() -> None:
     def result(memory: float, throughput: float, seed: int = 0) -> dict[str, Any]:
         figures = {"tiny": {"peak_memory_mib": memory}, "tokens_per_second": throughput, "mfu": 0.1}
         return {"benchmark": "fake-data", "settings": {"seed": seed}, "figures": figures}
@@ -380,7 +380,7 @@ def test_a_mistake_is_one_message_and_nothing_is_measured(words: list[str], mess
     assert done.stderr.count("\n") == 1
 
 
-def test_the_workplace_assistant_s_episodes_are_counted_and_earn_what_their_own_calls_do() -> None:
+def test_workplace_bench_counts_episodes_and_gold_calls_earn_full_reward() -> None:
     found = measured("workplace", {"episodes": 60, "tasks": 28})
     figures = found["figures"]
     assert (figures["episodes"], len(figures["memory_mib"])) == (60, 11)

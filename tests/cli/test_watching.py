@@ -40,7 +40,7 @@ def runs(here: Path) -> Path:
     return here
 
 
-def test_status_shows_in_aligned_columns_what_is_active_or_ended_within_a_day_and_ls_shows_all(runs: Path) -> None:
+def test_status_lists_active_and_recent_runs_in_columns_and_ls_lists_all(runs: Path) -> None:
     done = slurmkit(runs, "status")
     assert (done.returncode, done.stderr) == (0, "")
     lines = [re.sub(r"5:\d\d/", "5:XX/", line) for line in done.stdout.splitlines()]
@@ -227,7 +227,7 @@ def test_top_draws_the_runs_anew_and_leaves_the_terminal_as_it_was(
         (["wait", "old", "--ti"], {"--timeout"}),
     ],
 )
-def test_bash_completes_commands_options_runs_and_job_ids_without_asking_slurm(
+def test_bash_completes_commands_options_runs_and_job_ids_without_slurm(
     runs: Path, words: list[str], expected: set[str]
 ) -> None:
     asked = runs / "bin"

@@ -69,7 +69,7 @@ def test_a_number_in_the_configuration_stands_and_a_local_run_asks_no_job(here: 
     assert local.train.cluster.gpus_per_node == 1
 
 
-def test_more_than_the_job_has_is_refused_all_at_once_with_where_each_was_said(here: Path) -> None:
+def test_all_values_beyond_the_job_are_refused_at_once_with_their_origins(here: Path) -> None:
     (here / "slurmkit.yaml").write_text("nodes: 2\ngres: gpu:h100:4\n")
     overrides = ("policy.train_global_batch_size=32", "cluster.num_nodes=3", "cluster.gpus_per_node=8")
     overrides += ("env.name=math", "data.train.data_path=a.jsonl", "data.validation.data_path=b.jsonl")
@@ -86,7 +86,7 @@ def test_more_than_the_job_has_is_refused_all_at_once_with_where_each_was_said(h
     ]
 
 
-def test_paths_of_all_sources_begin_at_the_workdir_and_a_name_on_the_hub_stays(here: Path) -> None:
+def test_data_paths_of_all_sources_resolve_to_the_workdir_except_hub_names(here: Path) -> None:
     hub = "{data_path: openai/gsm8k, subset: main, split: train}"
     (here / "rows.jsonl").touch()
     sources = f"data.train=[{{data_path: rows.jsonl}},{hub}]"
@@ -175,7 +175,7 @@ def test_a_removed_key_has_no_origin_any_more(here: Path) -> None:
         ("env", {"timeout_seconds": float("inf")}),
     ],
 )
-def test_a_number_that_torch_or_a_timer_would_refuse_hours_later_is_refused_now(
+def test_numbers_that_torch_or_a_timer_would_reject_later_are_refused(
     tmp_path: Path, section: str, values: dict[str, Any]
 ) -> None:
     with pytest.raises(ValidationError, match=rf"{section}\."):

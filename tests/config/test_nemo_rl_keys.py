@@ -56,7 +56,7 @@ def test_every_other_key_is_refused_with_what_to_do(tmp_path: Path) -> None:
         assert line.endswith(f": {advice_on(key, 1)}"), key
 
 
-def test_advice_names_keys_that_there_are_and_none_is_on_a_key_of_slurmkit_s() -> None:
+def test_advice_names_only_existing_keys_and_covers_no_slurmkit_key() -> None:
     assert not OURS & _ADVICE.keys()
     for advice in _ADVICE.values():
         named = re.findall(r"\b(?:grpo|loss_fn|policy|env|data|logger|cluster|checkpointing)\.[a-z_.]+[a-z_]", advice)

@@ -56,7 +56,7 @@ def test_what_changes_the_training_is_named_with_both_values() -> None:
     assert found["policy.from_scratch"][0] is None
 
 
-def test_a_dump_that_went_through_a_file_is_the_same_and_a_release_s_new_keys_say_nothing() -> None:
+def test_a_dump_survives_json_and_keys_new_in_a_release_are_no_difference() -> None:
     old = parse_value(json.dumps(dump()))
     assert differences(old, dump()) == []
     del old["grpo"]["normalize_rewards"]

@@ -44,7 +44,7 @@ SHAPING = {"enabled": True, "overlong_buffer_length": 4, "max_response_length": 
         (1, 0, {}, "gpus_per_node 0 cannot be shared out"),
     ],
 )
-def test_engines_apart_have_nodes_or_gpus_of_their_own_and_the_policy_the_others(
+def test_disaggregated_engines_get_their_own_nodes_or_gpus(
     tmp_path: Path, nodes: int, gpus: int, resources: dict[str, int], expected: Any
 ) -> None:
     def made() -> TrainConfig:
@@ -95,7 +95,7 @@ def test_engines_apart_have_nodes_or_gpus_of_their_own_and_the_policy_the_others
         ("ipc", {"gpus_per_node": 4}, {"lora": True}, "ipc is from GPU to GPU, and .*lora_cfg.enabled true merges"),
     ],
 )
-def test_weights_have_a_way_that_there_is_to_engines_beside_the_first_rank_and_to_others(
+def test_weight_transfer_resolves_to_a_method_for_local_and_remote_engines(
     tmp_path: Path, way: str, cluster: dict[str, int], generation: dict[str, Any], expected: Any
 ) -> None:
     asked: dict[str, Any] = {"weight_transfer": way}
@@ -218,7 +218,7 @@ def test_a_loss_that_does_not_fit_the_rest_is_refused(tmp_path: Path) -> None:
         tiny_config(tmp_path, loss_fn=in_reward, grpo={"adv_estimator": {"name": "maxrl"}})
 
 
-def test_sampling_that_leaves_tokens_out_is_refused_where_a_ratio_or_a_weight_would_be_wrong(tmp_path: Path) -> None:
+def test_truncated_sampling_is_refused_if_it_biases_a_ratio_or_a_weight(tmp_path: Path) -> None:
     def check(loss_fn: dict[str, Any], **generation: Any) -> None:
         tiny_config(tmp_path, loss_fn=loss_fn, policy={"generation": generation})
 
@@ -234,7 +234,7 @@ def test_sampling_that_leaves_tokens_out_is_refused_where_a_ratio_or_a_weight_wo
     check(both, top_p=1.0)
 
 
-def test_asynchronous_training_is_refused_without_a_correction_and_what_an_engine_cannot_do(tmp_path: Path) -> None:
+def test_async_grpo_is_refused_without_correction_or_engine_support(tmp_path: Path) -> None:
     def check(asynchronous: dict[str, Any], **loss_fn: bool) -> None:
         tiny_config(tmp_path, grpo={"async_grpo": {"enabled": True, **asynchronous}}, loss_fn=loss_fn)
 
@@ -253,7 +253,7 @@ def test_asynchronous_training_is_refused_without_a_correction_and_what_an_engin
         check({"in_flight_weight_updates": True}, use_importance_sampling_correction=True)
 
 
-def test_what_is_wrong_in_one_section_does_not_hide_what_is_wrong_between_others(tmp_path: Path) -> None:
+def test_errors_in_one_section_do_not_hide_errors_across_sections(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as refused:
         tiny_config(
             tmp_path,
@@ -298,7 +298,7 @@ def test_where_nothing_is_validated_no_tasks_for_it_are_needed(tmp_path: Path) -
     assert tiny_config(tmp_path, **{**never, "grpo": {"val_period": 5}, "data": split}).validates
 
 
-def test_the_time_of_the_last_save_is_counted_in_days_hours_minutes_and_seconds() -> None:
+def test_checkpoint_must_save_by_counts_days_hours_minutes_and_seconds() -> None:
     given = Checkpointing(checkpoint_must_save_by="01:03:45:10")
     assert given.must_save_by_seconds == ((24 + 3) * 60 + 45) * 60 + 10
     assert Checkpointing().must_save_by_seconds is None

@@ -80,9 +80,7 @@ def test_every_byte_of_image_mounts_and_workdir_arrives_or_is_refused(
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("on", [False, True])
-def test_a_rendered_file_passes_bash_and_shellcheck_and_is_short_enough_to_read(
-    runtime: str, on: bool, tmp_path: Path
-) -> None:
+def test_a_rendered_file_passes_bash_and_shellcheck_within_250_lines(runtime: str, on: bool, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"mount_home": on, "writable": on, "name": "kept" if on and runtime == "pyxis" else None}
     job = spec(
         {"runtime": runtime, "image": "/a b/root", "mounts": ["/data", "/it's:/d:ro"] * on, **keys},
@@ -100,7 +98,7 @@ def test_a_rendered_file_passes_bash_and_shellcheck_and_is_short_enough_to_read(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_the_run_directory_the_workdir_and_tmp_are_mounted_each_after_what_it_lies_in(runtime: str) -> None:
+def test_run_directory_workdir_and_tmp_are_mounted_after_their_parents(runtime: str) -> None:
     job = spec({"runtime": runtime, "image": IMAGES[runtime], "mounts": ["/w/results:/w/results:ro", "/deep/a:/b"]})
     mounts = [str(mount) for mount in job.container.binds(job.run_dir, job.workdir)]
     assert mounts == ["/deep/a:/b", "/tmp:/tmp", "/w:/w", "/w/results:/w/results:ro", "/w/results/t:/w/results/t"]
@@ -131,7 +129,7 @@ def test_gpus_are_given_to_the_container_when_the_job_asks_for_some(keys: dict[s
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_the_environment_is_passed_by_name_and_no_value_stands_in_an_argument(runtime: str) -> None:
+def test_environment_is_passed_by_name_and_arguments_hold_no_values(runtime: str) -> None:
     arguments = words(spec({"runtime": runtime, "image": IMAGES[runtime]}, env={"CANARY": "5up3r"}))
     assert not any("5up3r" in word for word in arguments)
     if runtime == "pyxis":
@@ -157,7 +155,7 @@ def test_a_named_container_is_never_entered_while_another_job_runs_in_it() -> No
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_an_interpreter_s_folder_is_put_before_the_image_s_path_only_when_it_has_one(runtime: str) -> None:
+def test_a_python_with_a_folder_prepends_that_folder_to_the_image_path(runtime: str) -> None:
     container = {"runtime": runtime, "image": IMAGES[runtime]}
     assert "export PATH=" not in render(spec(container))
     script = render(spec(container, python="/opt/venv/bin/python"))
@@ -245,7 +243,7 @@ def test_a_run_directory_that_a_runtime_cannot_mount_is_refused(runtime: str) ->
         spec({"runtime": "pyxis", "image": "i"}, workdir="/my work")
 
 
-def test_home_variables_and_the_folder_of_the_file_are_written_out_in_image_and_mounts() -> None:
+def test_image_and_mounts_expand_home_variables_and_the_file_folder() -> None:
     environ = {"HOME": "/home/me", "SCRATCH": "/scratch"}
     section = {"image": "${SCRATCH}/a.sqsh", "mounts": ["~/data:/data:ro", "$SCRATCH", "./x:/x", 7], "writable": True}
     assert expand_places(section, environ, "/project") == {

@@ -63,7 +63,7 @@ def here(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "podman"])
-def test_on_two_nodes_ray_and_the_command_run_inside_and_see_the_image_the_mounts_and_the_job_s_environment(
+def test_ray_and_the_command_run_inside_the_container_on_two_nodes(
     machines: Machines, here: Path, runtime: str
 ) -> None:
     for name in ("data", "rw", "home", "hidden"):
@@ -156,9 +156,7 @@ def test_what_the_section_turns_on_is_seen_inside(machines: Machines, here: Path
     assert machines.left() == []
 
 
-def test_a_named_pyxis_container_of_an_earlier_job_is_used_again_with_this_job_s_mounts(
-    machines: Machines, here: Path
-) -> None:
+def test_a_named_pyxis_container_is_reused_with_the_mounts_of_the_new_job(machines: Machines, here: Path) -> None:
     facts = []
     for number in ("1", "2"):
         (here / number).mkdir()
@@ -172,7 +170,7 @@ def test_a_named_pyxis_container_of_an_earlier_job_is_used_again_with_this_job_s
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "podman"])
-def test_a_container_that_cannot_start_ends_the_job_with_75_and_the_runtime_s_own_words(
+def test_a_container_that_cannot_start_exits_75_and_logs_the_runtime_error(
     machines: Machines, here: Path, runtime: str
 ) -> None:
     (here / "broken").write_text("no image")

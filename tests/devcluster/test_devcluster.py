@@ -159,7 +159,7 @@ def test_nodes_differ_in_name_address_tmp_and_shm_and_share_a_directory(cluster:
     assert not [*Path("/tmp").glob(f"{PREFIX}-node*"), *Path("/dev/shm").glob(f"{PREFIX}-node*")]
 
 
-def test_nodes_reach_each_other_by_name_and_learn_at_once_that_nothing_else_is_there(cluster: Cluster) -> None:
+def test_nodes_resolve_each_other_and_outside_addresses_fail_at_once(cluster: Cluster) -> None:
     network = cluster.network()
     assert cluster.node("node1", "getent hosts node2 controller") == (
         f"{network}.1.2      node2\n{network}.0.2      controller"
@@ -200,7 +200,7 @@ def test_scancel_ends_the_daemons_of_a_job_on_every_node(cluster: Cluster) -> No
     assert until(lambda: alive() == ["0", "0"]), alive()
 
 
-def test_a_job_of_the_high_partition_takes_the_nodes_and_the_other_is_requeued(cluster: Cluster) -> None:
+def test_a_high_partition_job_preempts_and_requeues_the_running_job(cluster: Cluster) -> None:
     low = cluster.submit("sleep 600", "--nodes=2", "--exclusive")
     assert until(lambda: cluster.slurm("squeue", "-h", "-j", low, "-o", "%T") == "RUNNING\n")
     high = cluster.submit("exit 0", "--nodes=2", "--exclusive", "--partition=high")
@@ -290,7 +290,7 @@ def test_a_user_who_is_not_root_runs_jobs(cluster: Cluster) -> None:
     assert cluster.slurm(*submit) == "65534\n"
 
 
-def test_down_under_a_running_job_leaves_nothing_behind_and_may_be_repeated(other: Cluster, tmp_path: Path) -> None:
+def test_down_removes_everything_under_a_running_job_and_is_repeatable(other: Cluster, tmp_path: Path) -> None:
     packages = packages_directories()
     other.up("--nodes", "2", "--shared", tmp_path)
     assert other.traces() != []

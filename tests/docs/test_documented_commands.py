@@ -218,7 +218,7 @@ def test_every_command_to_type_is_one_that_its_program_takes(
 
 
 @pytest.mark.parametrize("page", RENDERED)
-def test_the_piece_of_a_rendered_file_that_a_page_shows_is_what_is_rendered(page: str, here: Path) -> None:
+def test_the_rendered_excerpt_on_a_page_matches_the_renderer(page: str, here: Path) -> None:
     runtime = Path(page).stem
     flags = {"workdir": "/work", "run_dir": "/work/results/x", "env.OMP_NUM_THREADS": 8, "gres": "gpu:1"}
     container = {"runtime": runtime, "image": RENDERED[page], "mounts": ["/datasets:/data:ro"]}

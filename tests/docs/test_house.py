@@ -28,7 +28,7 @@ def test_the_workflow_runs_the_readme_s_two_commands_on_a_fresh_debian() -> None
         assert (container if isinstance(container, str) else container["image"]) == "debian:12"
 
 
-def test_the_hooks_need_no_network_and_are_the_checks_of_the_second_command() -> None:
+def test_hooks_run_offline_and_cover_the_checks_of_the_test_script() -> None:
     (repository,) = read(".pre-commit-config.yaml")["repos"]
     assert repository["repo"] == "local"
     assert all(hook["language"] == "system" for hook in repository["hooks"])
@@ -43,7 +43,7 @@ def test_the_hooks_need_no_network_and_are_the_checks_of_the_second_command() ->
         assert re.search(pattern, script), script
 
 
-def test_the_licence_is_the_one_that_the_package_names_and_the_changelog_has_its_version() -> None:
+def test_licence_matches_the_package_and_the_changelog_has_its_version() -> None:
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(REPOSITORY / "setup.cfg")
     licence = (REPOSITORY / "LICENSE").read_text()

@@ -59,7 +59,7 @@ def test_every_key_that_a_page_names_is_a_key(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(yaml_blocks(page))])
-def test_every_file_that_a_page_shows_has_keys_that_there_are_and_values_that_fit(page: str) -> None:
+def test_yaml_files_on_pages_have_only_known_keys_and_valid_types(page: str) -> None:
     for block in yaml_blocks(page):
         data = yaml.safe_load(block)
         kinds = [
@@ -90,7 +90,7 @@ def test_every_link_leads_to_a_file_of_the_repository(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-def test_the_readme_leads_to_every_page_of_the_documentation_or_to_its_index() -> None:
+def test_every_docs_page_is_in_the_navigation_and_in_an_index() -> None:
     index = TEXTS["README.md"] + TEXTS["docs/index.md"]
     nav = (REPOSITORY / "mkdocs.yml").read_text()
     for page in PAGES:
@@ -100,7 +100,7 @@ def test_the_readme_leads_to_every_page_of_the_documentation_or_to_its_index() -
             assert name == "index.md" or name in index or name in TEXTS["docs/containers/index.md"] or "/" in name, name
 
 
-def test_every_room_is_in_the_architecture_and_every_file_that_a_row_names_is_in_its_room() -> None:
+def test_the_architecture_page_lists_every_package_and_only_existing_files() -> None:
     rows = dict(re.findall(r"^\| `slurmkit/(\w+)/` \| (.+) \|$", TEXTS["docs/architecture.md"], re.MULTILINE))
     last = re.findall(r"^\| \| (.+) \|$", TEXTS["docs/architecture.md"], re.MULTILINE)
     rooms = {path.parent.name for path in (REPOSITORY / "slurmkit").glob("*/__init__.py")}

@@ -33,7 +33,7 @@ def test_a_page_in_the_repository_is_what_the_keys_make_of_it(name: str) -> None
     assert written == pages()[name], "other keys: python -m slurmkit.job.reference docs"
 
 
-def test_every_key_that_a_run_has_is_on_the_page_with_the_default_that_it_gets() -> None:
+def test_the_reference_lists_every_key_of_a_run_with_its_default() -> None:
     rows = rows_of(pages()["configuration.md"])
     train = TrainConfig.model_validate({"policy": {"from_scratch": {}}, "env": {"name": "arithmetic"}})
     found = dict(leaves(train.model_dump(mode="json")))

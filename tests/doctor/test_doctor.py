@@ -274,9 +274,7 @@ def test_two_nodes_that_cannot_reach_each_other_are_named(cluster: Cluster, shar
     assert "not reached: timed out; ok on 2 nodes  -> look for a firewall" in line
 
 
-def test_a_node_that_cannot_run_slurmkit_is_named_and_the_others_are_checked(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_doctor_fails_a_node_without_slurmkit_and_checks_the_others(cluster: Cluster, shared_path: Path) -> None:
     hidden = f"'{Path(sys.executable).parent}'"
     with made_ill(cluster, "node2", f"mount -t tmpfs tmpfs {hidden}", f"umount {hidden}"):
         seen = on_nodes(cluster, shared_path, "-N", "2")
@@ -317,9 +315,7 @@ def test_nodes_with_different_versions_of_ray_fail(cluster: Cluster, shared_path
     assert line.endswith("; fail on node2: 2.1.0  -> must be the same on all nodes")
 
 
-def test_leftovers_of_dead_jobs_are_found_and_those_of_living_ones_left_out(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_doctor_finds_leftovers_of_dead_jobs_and_ignores_live_jobs(cluster: Cluster, shared_path: Path) -> None:
     # devcluster exec waits for the command's output to close, so the living job's process has none.
     begin = (
         "mkdir /tmp/sk-999999.0 /tmp/sk-888888.0; head -c 3145728 /dev/zero >/dev/shm/old; echo >/dev/shm/lock;"
@@ -379,9 +375,7 @@ def test_an_interrupted_doctor_takes_its_request_back(
     assert list(shared_path.iterdir()) == []
 
 
-def test_inside_an_allocation_its_own_nodes_are_checked_beside_what_runs_there(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_doctor_in_an_allocation_checks_its_nodes_despite_running_steps(cluster: Cluster, shared_path: Path) -> None:
     script = (
         "srun --exact sleep 300 & until squeue -s -h -j $SLURM_JOB_ID | grep -q sleep; do sleep 0.1; done\n"
         '"$1" doctor --json -N 2; kill %1'

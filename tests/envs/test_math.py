@@ -107,7 +107,7 @@ def test_prose_is_told_from_an_expression() -> None:
         assert is_prose(prose), prose
 
 
-def test_an_expression_is_right_where_it_is_the_same_thing_and_numbers_ask_nobody(tmp_path: Path) -> None:
+def test_equivalent_expressions_score_1_and_plain_numbers_skip_math_verify(tmp_path: Path) -> None:
     domain = math(jsonl(tmp_path / "rows.jsonl", {"question": "?", "answer": "1"}))
 
     async def rewards(*pairs: tuple[str, str]) -> list[float]:
@@ -132,7 +132,7 @@ def test_an_expression_is_right_where_it_is_the_same_thing_and_numbers_ask_nobod
     domain._verifier.close()
 
 
-def test_answers_that_math_verify_gave_no_verdict_on_are_counted_episode_by_episode(tmp_path: Path) -> None:
+def test_answers_without_a_math_verify_verdict_are_counted_per_episode(tmp_path: Path) -> None:
     rows = jsonl(tmp_path / "rows.jsonl", {"question": "?", "answer": "1"})
     data = Data.model_validate({"train": {"data_path": str(rows)}})
     domain = Math(MathEnv(num_workers=1, verify_timeout_seconds=1.0), data)
@@ -149,7 +149,7 @@ def test_answers_that_math_verify_gave_no_verdict_on_are_counted_episode_by_epis
         assert score_metrics(prefix, episodes)[f"{prefix}:verifier_failures"] == 2
 
 
-def test_rows_in_dapo_s_format_are_read_as_they_are_from_every_kind_of_file(tmp_path: Path) -> None:
+def test_rows_in_dapo_format_load_from_jsonl_parquet_and_saved_datasets(tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     rows = [dapo_row("1+1?", "2", number=0), dapo_row("Half?", r"\frac12", system, number=1)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")

@@ -181,7 +181,7 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], position: int = 0) -
     return TaskOrder(sources, seed=3, shuffle=True, position=position)
 
 
-def test_sources_are_drawn_as_they_are_weighted_in_every_stretch_and_each_in_epochs_of_its_own() -> None:
+def test_sources_follow_their_weights_in_every_window_with_separate_epochs() -> None:
     names = [task.name for task in mixture([7, 100, 3], [0.2, 0.5, 0.3]).draw(1000)]
     for first in range(0, 1000, 50):
         counts = Counter(name[0] for name in names[first : first + 50])
@@ -216,7 +216,7 @@ def test_the_digest_is_of_all_sources_and_of_where_each_ends() -> None:
     assert len(digests) == len(cuts)
 
 
-def test_validation_that_is_split_off_follows_from_its_own_seed_and_shares_no_question(tmp_path: Path) -> None:
+def test_split_validation_depends_on_its_own_seed_and_shares_no_question(tmp_path: Path) -> None:
     rows = [{"question": f"{number % 50}+1", "answer": f"#### {number % 50 + 1}"} for number in range(100)]
     path = jsonl(tmp_path / "rows.jsonl", rows)
     split = {"data_path": path, "split_validation_size": 0.2}

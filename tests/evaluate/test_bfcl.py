@@ -61,7 +61,7 @@ def asked(settings: Settings, python: Path, folder: Path, answer: Any) -> tuple[
         return ask(settings, python, folder, url, KEY, lambda: None), requests
 
 
-def test_right_answers_are_all_right_and_nonsense_is_right_only_where_no_call_is(
+def test_right_answers_score_1_and_nonsense_scores_1_only_on_irrelevance(
     python: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = Settings((*CATEGORIES, "irrelevance"), limit=2, seed=0, max_tokens=77, concurrency=4)
@@ -111,7 +111,7 @@ def test_requests_that_fail_are_told_as_bfcl_eval_takes_them_for_replies(python:
         refuse_silence({"irrelevance": {"size": 240, "entries": failed}})
 
 
-def test_a_model_is_served_asked_and_judged_and_nothing_of_the_server_is_left(
+def test_evaluate_bfcl_serves_and_scores_a_model_and_leaves_no_server(
     python: Path, model: Path, tmp_path: Path
 ) -> None:
     words = ["--categories", "simple_python,irrelevance", "--limit", "2", "--max-tokens", "8", "--dtype", "float32"]
@@ -158,7 +158,7 @@ def _serving(model: Path) -> list[psutil.Process]:
     return [each for each in psutil.process_iter(["cmdline"]) if words <= set(each.info["cmdline"] or ())]
 
 
-def test_a_server_that_is_not_there_in_time_is_ended_and_its_last_lines_are_shown(model: Path, tmp_path: Path) -> None:
+def test_a_server_that_exceeds_its_timeout_is_killed_and_its_log_is_shown(model: Path, tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     began = time.monotonic()
     with (

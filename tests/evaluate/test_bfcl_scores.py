@@ -33,7 +33,7 @@ SIZES = dict.fromkeys(CATEGORIES, 200) | {
         ("multi_turn_long_context", 1 / 4 / 3),
     ],
 )
-def test_the_overall_gives_a_category_the_weight_that_the_leaderboard_gave_it(category: str, share: float) -> None:
+def test_the_overall_score_uses_the_category_weights_of_the_leaderboard(category: str, share: float) -> None:
     none = dict.fromkeys(CATEGORIES, 0.0)
     assert group_scores(none, SIZES) == dict.fromkeys([*GROUPS, "overall"], 0.0)
     scores = group_scores({**none, category: 1.0}, SIZES)
@@ -41,13 +41,13 @@ def test_the_overall_gives_a_category_the_weight_that_the_leaderboard_gave_it(ca
     assert [name for name in GROUPS if scores[name]] == [name for name in GROUPS if category in GROUPS[name]]
 
 
-def test_with_a_category_missing_there_is_no_overall_but_what_is_whole_and_what_is_missing() -> None:
+def test_a_missing_category_omits_the_overall_but_keeps_complete_groups() -> None:
     there = {category: 0.5 for category in CATEGORIES if category != "live_parallel"}
     assert group_scores(there, SIZES) == {"non_live": 0.5, "multi_turn": 0.5}
     assert missing(there) == ["live_parallel"]
 
 
-def test_categories_are_named_alone_and_in_groups_and_a_wrong_name_says_which_is_meant() -> None:
+def test_categories_accept_names_and_groups_and_suggest_for_a_wrong_name() -> None:
     assert chosen("multi_turn_base, simple_java,simple_java") == ("simple_java", "multi_turn_base")
     assert chosen("all") == CATEGORIES
     assert chosen("single_turn") == GROUPS["non_live"] + GROUPS["live"]

@@ -23,9 +23,7 @@ def evaluate(here: Path, *arguments: str | Path) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=400)
 
 
-def test_a_checkpoint_of_a_run_has_the_accuracy_that_its_run_measured_and_is_kept_beside_a_baseline(
-    finished: Run, tmp_path: Path
-) -> None:
+def test_a_checkpoint_repeats_its_run_accuracy_and_saves_the_comparison(finished: Run, tmp_path: Path) -> None:
     run = tmp_path / "mine"
     for name in ("step_1", "step_8"):
         shutil.copytree(finished.folder / name, run / name)
@@ -50,7 +48,7 @@ def test_a_checkpoint_of_a_run_has_the_accuracy_that_its_run_measured_and_is_kep
     assert "first.json is there already" in taken.stderr
 
 
-def test_a_task_counts_once_however_many_episodes_it_has_and_not_where_all_of_them_broke(tmp_path: Path) -> None:
+def test_each_task_counts_once_and_is_left_out_if_all_its_episodes_broke(tmp_path: Path) -> None:
     of_step = {"num_prompts_per_step": 2, "num_generations_per_prompt": 2}
     config = tiny_config(tmp_path, grpo={**of_step, "val_num_generations_per_prompt": 4})
     ours = [group(1, 1, 1, 1), group(1, 0, broken=["x", "x"]), of(broken=["x"] * 4), group(0, 0, 0, 0)]

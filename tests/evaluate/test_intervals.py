@@ -21,7 +21,7 @@ def test_a_share_has_wilsons_interval(right: int, of: int, low: float, high: flo
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_means_of_several_episodes_have_a_bootstrap_over_tasks_that_is_the_same_for_the_same_seed() -> None:
+def test_means_get_a_seeded_bootstrap_interval_over_tasks() -> None:
     rng = Random(1)
     values = [rng.random() for _ in range(400)]
     found = estimate(values, seed=3)
@@ -32,7 +32,7 @@ def test_means_of_several_episodes_have_a_bootstrap_over_tasks_that_is_the_same_
 
 
 @pytest.mark.parametrize("episodes", [1, 4])
-def test_in_95_of_100_samples_the_interval_of_a_paired_difference_holds_the_true_one(episodes: int) -> None:
+def test_a_95_percent_interval_covers_the_true_paired_difference(episodes: int) -> None:
     rng, held, trials = Random(episodes), 0, 200
     for _ in range(trials):
         ours, theirs = [], []

@@ -77,7 +77,7 @@ def test_dapo_17k_on_eight_nodes_settles_renders_and_lays_out_its_ranks(
     assert train.policy.micro_batch_tokens == 32768
 
 
-def test_the_workplace_assistant_on_one_node_settles_renders_and_lays_out_its_ranks(
+def test_the_workplace_example_renders_for_one_node_with_its_rank_layout(
     workplace_files: tuple[str, ...], tmp_path: Path
 ) -> None:
     train, script = settled(WORKPLACE, 1, workplace_files, tmp_path)

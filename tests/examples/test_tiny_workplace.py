@@ -77,9 +77,7 @@ def test_no_task_is_validated_on_and_trained_on_or_shown(folder: Path, shown: li
     assert len({*asked["train"], *asked["val"], *shown}) == 12 + 30 + 60
 
 
-def test_a_demonstration_has_the_tokens_that_an_episode_would_have_and_its_calls_are_read(
-    script: ModuleType, folder: Path
-) -> None:
+def test_a_demonstration_has_the_tokens_of_an_episode_and_parsable_calls(script: ModuleType, folder: Path) -> None:
     data = (f"data.train.data_path={folder}/train.jsonl", f"data.validation.data_path={folder}/val.jsonl")
     config = load_config(REPOSITORY / "examples/grpo_workplace_tiny.yaml", (*data, f"policy.model_name={folder}/model"))
     chat, world = Chat.of(folder / "model", config.policy), make_world(0)

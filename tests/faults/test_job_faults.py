@@ -259,7 +259,7 @@ def test_a_ray_that_dies_during_bring_up_ends_the_job(
 
 
 @pytest.mark.parametrize("first", ["slurmkit", "the driver"])
-def test_a_node_that_dies_in_training_is_noticed_and_the_run_goes_on_elsewhere(
+def test_a_node_death_in_training_is_detected_and_the_run_resumes(
     machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int, first: str
 ) -> None:
     job = submit(machines, here, "--until-done")
@@ -292,7 +292,7 @@ def test_a_node_that_dies_in_training_is_noticed_and_the_run_goes_on_elsewhere(
         machine(machines, "start-node", "node2")
 
 
-def test_where_the_first_node_dies_the_second_ends_the_job_and_the_run_goes_on(
+def test_if_node_one_dies_the_second_ends_the_job_and_the_run_resumes(
     machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int
 ) -> None:
     job = submit(machines, here, "--until-done")
@@ -391,7 +391,7 @@ def test_a_driver_that_fails_ends_the_run_with_its_code_and_its_last_words(
     wait_until(lambda: machines.ask("squeue", "-h").strip() == "", "the follow-up is cancelled")
 
 
-def test_what_the_kernel_kills_for_memory_is_told_with_the_limit_and_the_peak(
+def test_a_kernel_memory_kill_is_reported_with_the_limit_and_the_peak(
     machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int
 ) -> None:
     # The cgroup in which a Slurm with ConstrainRAMSpace puts a step; slurmkit's shell and all that it starts are in it.
@@ -544,7 +544,7 @@ def test_a_follow_up_is_queued_once_though_sbatch_s_answer_is_lost(machines: Clu
     job.end()
 
 
-def test_a_job_that_slurm_starts_once_more_under_the_same_name_begins_afresh(
+def test_a_job_restarted_by_slurm_under_the_same_id_ignores_stale_files(
     machines: Cluster, here: Path, run: int
 ) -> None:
     """As a slurmctld does that was killed before it had saved that the job runs."""
@@ -581,7 +581,7 @@ def test_a_follow_up_of_a_run_that_is_done_ends_at_once(machines: Cluster, here:
     assert not job.attempt(following).exists()
 
 
-def test_training_stops_after_three_attempts_in_a_row_without_a_newer_checkpoint(
+def test_until_done_stops_after_three_attempts_without_a_newer_checkpoint(
     machines: Cluster, here: Path, run: int
 ) -> None:
     run_dir = here / "results/x"
@@ -663,7 +663,7 @@ def test_submit_wait_until_done_waits_for_the_run(machines: Cluster, here: Path,
     assert "x: failed: the command failed with exit code 7" in done.stdout
 
 
-def test_attempts_are_limited_and_the_environment_of_the_submission_reaches_the_last_of_them(
+def test_max_attempts_limits_the_chain_and_the_last_keeps_the_environment(
     machines: Cluster, here: Path, run: int
 ) -> None:
     # What Slurm and slurmkit set for one attempt is not handed to the next: only what was submitted is.

@@ -11,7 +11,7 @@ from pathlib import Path
 from parts import REPOSITORY, need_slurm
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
+def test_a_run_killed_at_random_times_ends_like_an_undisturbed_run(tmp_path: Path) -> None:
     need_slurm()
     figures = tmp_path / "figures.json"
     # Kills come early, or a quick machine finishes 120 steps before the first of them.

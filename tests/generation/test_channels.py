@@ -162,7 +162,7 @@ async def brought(made: WeightTransfer, *parties: list[int]) -> list[bool]:
     return [await made.send(party) for party in parties or made.parties()]
 
 
-def test_engines_of_a_channel_are_connected_once_and_one_that_was_started_again_anew() -> None:
+def test_a_channel_connects_engines_once_and_again_after_a_restart() -> None:
     rank = Side("policy rank 0", stream_weights=(3, "abc"))
     engines = [Side(f"engine {number}", load=["abc"]) for number in range(2)]
     made = transfer(rank, *engines)
@@ -184,7 +184,7 @@ def test_weights_that_changed_on_the_way_end_the_run_with_both_digests() -> None
         asyncio.run(asyncio.wait_for(brought(made), 10))
 
 
-def test_an_engine_that_is_started_again_while_the_policy_goes_on_is_said_to_be_ahead() -> None:
+def test_an_engine_restarted_during_training_is_reported_ahead() -> None:
     made = transfer(Side("policy rank 0", stream_weights=(4, "abc")), Side("engine 0", load=["abc"]))
     assert asyncio.run(asyncio.wait_for(brought(made), 10)) == [False]
 

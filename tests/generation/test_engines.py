@@ -124,9 +124,7 @@ def test_a_stop_token_ends_a_completion_as_the_end_token_does_and_is_kept(engine
     assert {"stop", "length"} == set(reasons)
 
 
-def test_before_the_minimum_nothing_that_ends_is_drawn_and_logprobs_are_those_of_what_is_left(
-    engine: Engine, reference: Any
-) -> None:
+def test_no_stop_token_is_drawn_before_min_new_tokens_and_logprobs_match(engine: Engine, reference: Any) -> None:
     # Every other token, so that one of them is sure to come as soon as it may.
     stops, least = tuple(range(0, EOS, 2)), 6
     ends = torch.tensor([*stops, EOS, FOLDERS_END])
@@ -176,7 +174,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says(engine: Engine, reference: 
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.7, None), (1.0, 3), (0.8, 5), (1e-9, None), (0.99, 1000)])
-def test_only_what_truncation_leaves_is_drawn_with_the_logprobs_of_what_is_left(
+def test_truncated_sampling_draws_only_kept_tokens_with_their_logprobs(
     engine: Engine, reference: Any, top_p: float, top_k: int | None
 ) -> None:
     temperature = 0.3
@@ -204,12 +202,12 @@ def test_only_what_truncation_leaves_is_drawn_with_the_logprobs_of_what_is_left(
     assert greedily.logprobs[0] == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
 
 
-def test_a_request_that_is_aborted_before_it_is_sampled_leaves_the_others_as_they_are(engine: Engine) -> None:
+def test_aborting_an_unsampled_request_leaves_other_completions_unchanged(engine: Engine) -> None:
     asked = requests(3, 1.0, 20)
     assert tokens(engine.generate_but(1, asked)) == tokens(engine.generate([asked[0], asked[2]]))
 
 
-def test_a_prompt_that_does_not_fit_is_a_finish_reason_and_the_others_are_answered(engine: Engine) -> None:
+def test_a_too_long_prompt_gets_a_finish_reason_and_others_complete(engine: Engine) -> None:
     sampling = SamplingParams(1.0, 500, seed=1)
     lengths = (MAX_TOTAL_LENGTH, MAX_TOTAL_LENGTH - 1, 1)
     long, edge, short = engine.generate([Request((5,) * length, sampling) for length in lengths])
@@ -223,7 +221,7 @@ def other(tmp_path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(make_tied_model(tmp_path / "other", seed=5), dtype=torch.float32)
 
 
-def test_loaded_weights_are_what_is_sampled_from_also_after_a_prompt_that_is_remembered(
+def test_engine_samples_from_loaded_weights_despite_its_prefix_cache(
     engine: Engine, reference: Any, other: Any
 ) -> None:
     # Longer than a block of the KV cache, which an engine keeps for the next prompt that begins alike.
@@ -258,7 +256,7 @@ def test_weights_that_changed_on_the_way_are_refused(engine: Engine, reference: 
     engine.load(Weights(4, reference.state_dict()))
 
 
-def test_tensors_lie_in_shared_memory_as_they_are_or_in_the_precision_that_is_asked_for() -> None:
+def test_shared_memory_keeps_tensors_as_they_are_or_casts_them() -> None:
     shared = SharedTensors()
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(4), "c": torch.randn(7, dtype=torch.bfloat16)}
     whole = dict(read(shared.path, shared.write(tensors)))

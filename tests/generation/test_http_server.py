@@ -77,9 +77,7 @@ def full_forward(model: Path, prompt: list[int], token_ids: list[int]) -> list[f
     return [float(logprobs[len(prompt) - 1 + place, token]) for place, token in enumerate(token_ids)]
 
 
-def test_a_reply_comes_with_its_tokens_and_the_logprobs_that_training_needs(
-    vllm: Vllm, folder: Path, model: Path
-) -> None:
+def test_a_response_includes_token_ids_and_logprobs_for_training(vllm: Vllm, folder: Path, model: Path) -> None:
     body = {"messages": MESSAGES, "max_tokens": 20, "seed": 1, "logprobs": True, "return_token_ids": True}
     status, answer, versions = vllm.do(ask(folder, "chat/completions", body))
     assert (status, versions) == (200, "0,0"), answer
@@ -95,7 +93,7 @@ def test_a_reply_comes_with_its_tokens_and_the_logprobs_that_training_needs(
     assert logprobs == pytest.approx(full_forward(model, prompt, token_ids), abs=1e-5)
 
 
-def test_who_has_not_the_key_learns_nothing_and_the_key_is_for_its_user_alone(vllm: Vllm, folder: Path) -> None:
+def test_requests_with_a_wrong_key_are_rejected_and_the_key_is_private(vllm: Vllm, folder: Path) -> None:
     for path in ("chat/completions", "../invocations", "../metrics"):
         status, answer, _ = vllm.do(ask(folder, path, {"messages": MESSAGES}, key="wrong"))
         assert (status, answer) == (401, {"error": "Unauthorized"})
@@ -103,7 +101,7 @@ def test_who_has_not_the_key_learns_nothing_and_the_key_is_for_its_user_alone(vl
     assert oct((folder / "api_key").stat().st_mode)[-3:] == "600"
 
 
-def test_new_weights_wait_for_a_reply_that_is_under_way_and_are_those_of_the_next(
+def test_a_weight_load_waits_for_running_requests_and_applies_to_the_next(
     vllm: Vllm, folder: Path, model: Path, tmp_path: Path
 ) -> None:
     shape = {"max_length": 320, "num_attention_heads": 1, "num_key_value_heads": 1}

@@ -114,7 +114,7 @@ def test_an_engine_is_never_asked_for_more_than_a_batch() -> None:
     assert sum(engine.batches) == 50
 
 
-def test_an_engine_that_takes_more_at_any_time_is_kept_full_and_a_quick_one_does_more() -> None:
+def test_a_continuous_engine_stays_full_and_a_faster_one_does_more() -> None:
     slow, quick = Continuous(0.02), Continuous(0.001)
     answers = asyncio.run(asyncio.wait_for(ask([slow, quick], 100, 8, continuous=True), 20))
     assert [answer.token_ids.tolist() for answer in answers] == [[number] for number in range(100)]
@@ -170,7 +170,7 @@ class Mortal(Recorder):
         return await self.call(method, *arguments)
 
 
-def test_what_an_engine_that_died_had_to_do_is_done_by_others_and_by_the_one_that_takes_its_place() -> None:
+def test_requests_of_a_dead_engine_complete_on_others_and_its_replacement() -> None:
     mortal, other, said = Mortal(failures=2), Recorder(), list[str]()
 
     async def work() -> tuple[list[Completion], int]:
@@ -229,7 +229,7 @@ def test_an_engine_that_dies_once_too_often_ends_the_run() -> None:
     assert mortal.restarted == 2
 
 
-def test_an_engine_that_dies_while_it_takes_up_weights_has_them_when_it_is_there_again() -> None:
+def test_an_engine_that_dies_while_loading_has_the_weights_after_restart() -> None:
     mortal = Mortal(dies_loading=True)
 
     async def work() -> int:
@@ -309,7 +309,7 @@ def test_weights_are_not_made_while_an_engine_still_takes_up_the_last_ones() -> 
     assert mortal.loaded == ["version 1", "version 1", "version 2"]
 
 
-def test_an_engine_that_came_back_with_newer_weights_than_the_others_samples_when_they_have_them_too() -> None:
+def test_a_restarted_engine_ahead_of_others_samples_after_the_next_load() -> None:
     mortal = Mortal(failures=1)
 
     async def weights() -> list[str]:
@@ -334,7 +334,7 @@ def test_an_engine_that_came_back_with_newer_weights_than_the_others_samples_whe
     assert (mortal.restarted, len(mortal.batches)) == (1, 2)
 
 
-def test_engines_that_are_served_together_are_not_used_as_if_they_had_what_did_not_come() -> None:
+def test_a_failed_send_to_engines_served_together_ends_the_load() -> None:
     class Fails(Brings):
         def parties(self) -> list[list[int]]:
             return [[0, 1]]
@@ -360,7 +360,7 @@ def test_a_completion_without_as_many_logprobs_as_tokens_is_refused() -> None:
         completion((1, 2), (0.0,))
 
 
-def test_an_engine_that_dies_while_weights_are_made_reads_none_before_they_are() -> None:
+def test_a_restarted_engine_does_not_read_weights_that_are_being_written() -> None:
     mortal, made = Mortal(failures=1), list[str]()
 
     async def weights() -> list[str]:
@@ -453,7 +453,7 @@ class Slow(Mortal):
                 return {ticket: echo(self._submitted.pop(ticket)) for ticket in answered[:1]}
 
 
-def test_what_nobody_waits_for_any_more_is_forgotten_by_the_engine_or_never_asked_of_it() -> None:
+def test_cancelled_requests_are_aborted_or_never_sent_to_the_engine() -> None:
     engine = Slow(0, stuck={1, 2})
 
     async def work() -> None:
@@ -476,7 +476,7 @@ def test_what_nobody_waits_for_any_more_is_forgotten_by_the_engine_or_never_aske
     assert [prompt for prompt, _ in engine.asked] == [1, 2, 4, 5]
 
 
-def test_a_request_that_gets_nowhere_while_others_are_finished_is_asked_of_another_with_the_same_seed() -> None:
+def test_a_stalled_request_is_resent_to_another_engine_with_the_same_seed() -> None:
     engines, said = [Slow(0, {7}), Slow(1, set())], list[str]()
 
     async def work() -> Completion:
@@ -494,7 +494,7 @@ def test_a_request_that_gets_nowhere_while_others_are_finished_is_asked_of_anoth
     assert [engine.restarted for engine in engines] == [0, 0]
 
 
-def test_a_request_that_gets_nowhere_anywhere_ends_the_run_and_says_where_it_was() -> None:
+def test_a_request_that_stalls_on_every_engine_ends_the_run_and_names_them() -> None:
     async def work() -> None:
         pool = EnginePool(
             [Slow(0, {7}), Slow(1, {7})],  # type: ignore[list-item]
@@ -515,7 +515,7 @@ def test_a_request_that_gets_nowhere_anywhere_ends_the_run_and_says_where_it_was
         asyncio.run(asyncio.wait_for(work(), 10))
 
 
-def test_an_engine_that_cannot_stop_is_given_nothing_before_it_has_finished_what_nobody_waits_for() -> None:
+def test_an_engine_without_abort_gets_no_work_until_its_batch_is_finished() -> None:
     engine = Recorder()  # which is not to be given more while it has something to do
     engine.call = forgetting_aborts(engine.call)  # type: ignore[method-assign]
 

@@ -58,7 +58,7 @@ def processes_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def test_a_short_request_is_answered_while_a_long_one_is_under_way_and_a_dead_process_fails_it(tmp_path: Path) -> None:
+def test_a_short_request_overtakes_a_long_one_and_a_dead_process_fails_it(tmp_path: Path) -> None:
     vllm = Vllm(make_model(tmp_path / "model"), **SETTINGS)
     # Greedy, so that the end token is unlikely to end it.
     long, short = Request((1, 2), SamplingParams(0.0, 310, 0)), Request((1, 2), SamplingParams(1.0, 2, 0))
@@ -111,9 +111,7 @@ def logprobs_of(model: Path, request: Request, completion: Completion) -> torch.
 
 
 @pytest.mark.parametrize("in_flight", [True, False])
-def test_what_is_under_way_goes_on_with_new_weights_or_is_finished_with_the_old_ones_as_asked(
-    tmp_path: Path, in_flight: bool
-) -> None:
+def test_running_requests_use_new_weights_only_with_in_flight_updates(tmp_path: Path, in_flight: bool) -> None:
     old, new = make_model(tmp_path / "old"), make_tiny_model(tmp_path / "new", seed=1, **SHAPE)
     weights = Weights(7, AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32).state_dict())
     vllm = Vllm(old, **SETTINGS, in_flight_weight_updates=in_flight)
@@ -147,7 +145,7 @@ def test_what_is_under_way_goes_on_with_new_weights_or_is_finished_with_the_old_
     vllm.end()
 
 
-def test_an_engine_on_two_processes_samples_as_one_with_old_and_with_streamed_weights(tmp_path: Path) -> None:
+def test_a_two_process_engine_samples_as_one_before_and_after_streaming(tmp_path: Path) -> None:
     shape = SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
     old, new = (make_tiny_model(tmp_path / str(seed), seed=seed, **shape) for seed in range(2))
     vllm = Vllm(old, **SETTINGS, settings=VllmCfg(tensor_parallel_size=2))
@@ -200,12 +198,12 @@ def test_an_engine_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path, 
         all_end(started)
 
 
-def test_heads_of_a_width_without_a_kernel_are_refused_before_anything_is_started(tmp_path: Path) -> None:
+def test_a_head_dim_without_a_kernel_is_refused_before_vllm_starts(tmp_path: Path) -> None:
     message = r"heads are 16 wide \(head_dim\): on a CPU, vLLM has kernels for 32, 64, "
     with unchanged_environment(), pytest.raises(ValueError, match=message):
         VllmEngine(str(make_tiny_model(tmp_path / "model")), **SETTINGS)
 
 
-def test_arguments_of_vllm_that_slurmkit_sets_itself_are_refused_with_the_key_to_use() -> None:
+def test_vllm_arguments_set_by_slurmkit_are_refused_with_the_right_key() -> None:
     with pytest.raises(ValueError, match=r"slurmkit sets max_num_seqs \(use policy.generation.max_batch_size\)"):
         Generation(vllm_kwargs={"max_num_seqs": 4, "block_size": 32})

@@ -57,7 +57,7 @@ def test_normalised_advantages_of_right_and_wrong_are_their_closed_form(right: i
         assert advantage == pytest.approx((reward - count / 15) / ((std + 1e-6) if std else 1), abs=1e-6)
 
 
-def test_the_unbiased_deviation_makes_advantages_smaller_by_the_root_of_n_minus_1_over_n() -> None:
+def test_unbiased_deviation_scales_advantages_by_sqrt_of_n_minus_1_over_n() -> None:
     rewards = torch.tensor([3.0, 1.0, 2.0, 6.0], dtype=torch.float64)
     biased = (rewards - rewards.mean()) / (rewards.std(correction=0))
     found = group_advantages(rewards.tolist(), normalize=True, leave_one_out=False)
@@ -68,7 +68,7 @@ def test_without_normalisation_the_advantage_is_the_distance_from_the_mean() -> 
     assert group_advantages([3.0, 1.0, 2.0], normalize=False, leave_one_out=False) == [1.0, -1.0, 0.0]
 
 
-def test_leave_one_out_scales_the_distance_from_the_mean_by_n_over_n_minus_1() -> None:
+def test_leave_one_out_scales_advantages_by_n_over_n_minus_1() -> None:
     rewards = [3.0, 1.0, 2.0, 6.0]
     plain = group_advantages(rewards, normalize=False, leave_one_out=False)
     leave_one_out = group_advantages(rewards, normalize=False, leave_one_out=True)
@@ -95,7 +95,7 @@ def test_rloo_is_the_reward_less_the_mean_of_the_others() -> None:
     assert estimate([[3.0, 1.0, 2.0], [0.0, 4.0]], rloo) == [[1.5, -1.5, 0.0], [-4.0, 4.0]]
 
 
-def test_maxrl_divides_by_the_mean_and_is_silent_where_nothing_is_right_or_all() -> None:
+def test_maxrl_divides_by_the_mean_and_gives_0_if_all_or_none_are_right() -> None:
     groups = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4, [1.0] * 4, [1.0], [-1.0, 1.0, -3.0], []]
     found = estimate(groups, estimator("maxrl"))
     assert found[:2] == [[3.0, -1.0, -1.0, -1.0], [1.0, 1.0, -1.0, -1.0]]
@@ -103,7 +103,7 @@ def test_maxrl_divides_by_the_mean_and_is_silent_where_nothing_is_right_or_all()
 
 
 @pytest.mark.parametrize("minus_baseline", [True, False])
-def test_reinforce_plus_plus_has_mean_0_and_deviation_1_over_the_tokens_of_the_step(minus_baseline: bool) -> None:
+def test_reinforce_plus_plus_has_mean_0_and_deviation_1_over_step_tokens(minus_baseline: bool) -> None:
     """NeMo RL's formula: rewards, or their distance from the group's mean, repeated on every token and whitened."""
     groups, tokens = [[1.0, 0.0, 0.0], [2.0, 5.0]], [[4, 1, 2], [3, 7]]
     found = estimate(groups, estimator("reinforce_plus_plus", minus_baseline=minus_baseline), tokens)
@@ -114,7 +114,7 @@ def test_reinforce_plus_plus_has_mean_0_and_deviation_1_over_the_tokens_of_the_s
     torch.testing.assert_close(flat.repeat_interleave(torch.tensor([4, 1, 2, 3, 7])), white, atol=1e-6, rtol=0)
 
 
-def test_with_a_baseline_a_group_that_cannot_be_compared_stays_silent_in_reinforce_plus_plus() -> None:
+def test_reinforce_plus_plus_with_baseline_gives_0_to_equal_rewards() -> None:
     groups, tokens = [[1.0, 0.0], [1.0, 1.0], [1.0], []], [[9, 1], [2, 2], [2], []]
     found = estimate(groups, estimator("reinforce_plus_plus"), tokens)
     assert found[0][0] > 0 > found[0][1]
@@ -174,6 +174,6 @@ def test_advantages_that_cannot_be_had_are_refused(values: dict[str, Any], messa
         Grpo(**values)
 
 
-def test_only_reinforce_plus_plus_without_a_baseline_does_with_one_episode_per_task() -> None:
+def test_reinforce_plus_plus_without_baseline_allows_one_episode_per_task() -> None:
     single = {"name": "reinforce_plus_plus", "minus_baseline": False}
     assert Grpo(num_generations_per_prompt=1, adv_estimator=single).num_generations_per_prompt == 1  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ async def settled() -> None:
 
 
 @pytest.mark.parametrize("age", [0, 1, 3])
-def test_rollouts_begin_as_many_steps_early_as_they_may_be_old_and_no_earlier(age: int) -> None:
+def test_rollouts_begin_at_most_the_maximum_age_in_steps_early(age: int) -> None:
     async def work(rollouts: Rollouts, players: Players) -> None:
         for step in range(1, 6):
             asked = asyncio.ensure_future(rollouts.of(step, step - 1))
@@ -109,7 +109,7 @@ def test_after_a_resume_no_more_is_begun_than_ever(age: int) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_steps_have_the_tasks_of_a_synchronous_run_and_the_position_of_what_was_asked_for(
+def test_async_steps_have_the_tasks_and_positions_of_synchronous_steps(
     dynamic: bool,
 ) -> None:
     """Of a run that stops here, the next attempt draws again what nobody has trained on."""
@@ -207,7 +207,7 @@ def test_ages_count_steps_since_the_weights_of_each_token() -> None:
 
 
 @pytest.mark.parametrize("age", [0, 2])
-def test_who_is_asked_to_leave_does_not_wait_for_completions_that_new_weights_have_to_wait_for(age: int) -> None:
+def test_an_interrupt_does_not_wait_for_completions_that_block_new_weights(age: int) -> None:
     async def load() -> None:
         await asyncio.sleep(0.1 if not age else 1000)
 

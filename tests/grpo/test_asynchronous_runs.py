@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return done
 
 
-def test_what_is_trained_on_is_older_than_the_policy_but_never_too_old_and_is_corrected_for(whole: Run) -> None:
+def test_asynchronous_samples_stay_within_the_age_limit_and_are_corrected(whole: Run) -> None:
     oldest = whole.values("train:age_max")
     assert oldest[0] == 0
     assert max(oldest) == 2
@@ -43,9 +43,7 @@ def test_what_is_trained_on_is_older_than_the_policy_but_never_too_old_and_is_co
     assert all(0 <= part <= 1 for name in ("trainer", "engines") for part in whole.values(f"perf:{name}_idle"))
 
 
-def test_every_step_has_its_own_tasks_and_a_run_that_left_draws_again_what_it_had_begun(
-    whole: Run, tmp_path: Path
-) -> None:
+def test_each_step_has_its_own_tasks_and_a_resumed_run_redraws_begun_ones(whole: Run, tmp_path: Path) -> None:
     assert positions(whole.folder) == [4 * step for step in range(1, 9)]
     driver = start(tmp_path, TINY, *ASYNCHRONOUS)
     until(lambda: last_logged(tmp_path) >= 3, driver)

@@ -43,7 +43,7 @@ def steps_of(samples: list[Sample], **changes: Any) -> list[OptimizerStep]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch_tokens", [7, 16, 100])
-def test_every_sample_is_trained_on_once_and_ranks_have_equally_many_micro_batches(
+def test_each_sample_is_trained_once_and_ranks_have_equal_micro_batches(
     num_ranks: int, micro_batch_tokens: int
 ) -> None:
     samples = [a_sample(length, 1.0, mark=10 + length) for length in (3, 1, 4, 2, 6)]
@@ -67,7 +67,7 @@ LENGTHS = some.lists(some.integers(1, 100), max_size=60)
 
 
 @given(LENGTHS, some.integers(100, 250), some.integers(1, 9))
-def test_micro_batches_keep_to_their_tokens_and_those_of_one_time_are_alike_in_work(
+def test_micro_batches_respect_their_token_limit_and_balance_the_ranks(
     lengths: list[int], max_tokens: int, num_ranks: int
 ) -> None:
     shares = share_out(lengths, max_tokens, num_ranks)
@@ -83,9 +83,7 @@ def test_micro_batches_keep_to_their_tokens_and_those_of_one_time_are_alike_in_w
 
 
 @given(some.lists(some.integers(1, 40), min_size=30, max_size=60), some.integers(2, 5))
-def test_with_room_to_spare_no_rank_has_more_work_than_another_by_more_than_one_sequence(
-    lengths: list[int], num_ranks: int
-) -> None:
+def test_with_a_large_limit_ranks_differ_by_at_most_one_sequence(lengths: list[int], num_ranks: int) -> None:
     shares = share_out(lengths, 10_000, num_ranks)
     tokens = [sum(lengths[index] for indices in share for index in indices) for share in shares]
     assert max(tokens) - min(tokens) <= max(lengths)
@@ -102,7 +100,7 @@ def test_a_sequence_that_no_micro_batch_has_room_for_is_refused() -> None:
         share_out([3, 17], 16, 1)
 
 
-def test_samples_without_advantage_are_counted_in_the_denominator_and_not_computed() -> None:
+def test_samples_without_advantage_count_in_the_denominator_only() -> None:
     samples = [a_sample(2, 1.0), a_sample(5, 0.0), a_sample(3, -1.0)]
     (step,) = steps_of(samples)
     (micro_batch,) = step.ranks[0]
@@ -141,7 +139,7 @@ def test_a_rank_without_a_sample_gets_tokens_that_train_nothing() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_tokens", [12, 30, 1000])
 @pytest.mark.parametrize("loss_fn", [LossFn(), SEQUENCE_LEVEL])
-def test_the_weights_of_all_trained_tokens_add_up_to_one_however_they_are_split(
+def test_loss_weights_of_trained_tokens_sum_to_one_for_every_split(
     num_ranks: int, micro_batch_tokens: int, loss_fn: LossFn
 ) -> None:
     samples = [a_sample(length, 1.0, mark=length) for length in (3, 1, 9, 2, 6, 5)]
@@ -150,7 +148,7 @@ def test_the_weights_of_all_trained_tokens_add_up_to_one_however_they_are_split(
     assert sum(float(each.weights_T[each.mask_T].sum()) for each in batches) == pytest.approx(1, abs=1e-6)
 
 
-def test_an_episode_in_several_samples_weighs_as_one_and_one_without_trained_tokens_does_not_count() -> None:
+def test_an_episode_in_several_samples_weighs_as_one_and_untrained_as_none() -> None:
     untrained = replace(a_sample(2, 1.0, mark=30), loss_mask=numpy.zeros(3, bool))
     samples = [a_sample(2, 1.0, mark=10), a_sample(6, 1.0, mark=10), a_sample(4, 1.0, mark=20), untrained]
     assert loss_weights(samples, SEQUENCE_LEVEL)[:3] == pytest.approx([1 / (2 * 8), 1 / (2 * 8), 1 / (2 * 4)])

@@ -46,7 +46,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_model_with_code_of_its_own_is_refused_until_it_is_allowed_by_name(own_code: Path) -> None:
+def test_a_model_with_remote_code_is_refused_unless_allowed_by_name(own_code: Path) -> None:
     with pytest.raises(UserError, match=rf"brings code of its own.* policy.allow_remote_code: \[{own_code}\]"):
         check_model(own_code, config(own_code, allow_remote_code=["another/model"]))
     check_model(own_code, config(own_code, allow_remote_code=[str(own_code)]))
@@ -62,16 +62,14 @@ def test_lengths_for_which_engine_and_policy_differ_are_reported(
     assert ("follow the length beyond 32 tokens" in capsys.readouterr().out) == is_told
 
 
-def test_a_stop_token_that_the_model_does_not_have_is_refused_by_its_number(tmp_path: Path) -> None:
+def test_a_stop_token_outside_the_vocabulary_is_refused_by_its_id(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "model")
     with pytest.raises(UserError, match=r"stop_token_ids \[70000\]: .*/model has the tokens 0 to \d+ "):
         check_model(path, config(path, generation={"stop_token_ids": [3, 70000]}))
     check_model(path, config(path, generation={"stop_token_ids": [3]}))
 
 
-def test_a_model_with_code_of_its_own_trains_on_two_ranks_and_is_saved_with_its_code(
-    own_code: Path, tmp_path: Path
-) -> None:
+def test_a_model_with_remote_code_trains_on_two_ranks_and_keeps_its_code(own_code: Path, tmp_path: Path) -> None:
     work = Work(tmp_path / "two", own_code, {"allow_remote_code": [str(own_code)]})
     found = run_ranks(2, work)
     assert found["norms"][0] > 0
@@ -96,7 +94,7 @@ def test_a_folder_that_holds_no_model_is_refused(content: str | None, tmp_path: 
         check_model(path, config(path))
 
 
-def test_a_frozen_copy_of_the_starting_model_scores_after_the_policy_has_moved_and_after_going_on(
+def test_the_frozen_reference_scores_alike_after_updates_and_a_resume(
     tmp_path: Path,
 ) -> None:
     path = make_model(tmp_path / "model", AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "l")).config)

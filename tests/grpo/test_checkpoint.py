@@ -83,7 +83,7 @@ def test_a_file_that_somebody_added_does_no_harm(tmp_path: Path) -> None:
     assert checkpoints.newest_good(pytest.fail) is not None
 
 
-def test_a_save_that_fails_or_is_killed_leaves_no_checkpoint_and_the_next_one_clears_it(tmp_path: Path) -> None:
+def test_a_failed_or_killed_save_leaves_no_checkpoint_and_is_cleaned_up(tmp_path: Path) -> None:
     checkpoints = save(tmp_path, 0.1)
     state = TrainerState(2, 20, 2, 0, "digest", {"val:accuracy": 0.9})
 

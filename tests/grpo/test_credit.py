@@ -157,7 +157,7 @@ def test_logprobs_must_be_as_many_as_tokens() -> None:
         completion((1, 2), (-0.5,))
 
 
-def test_the_kl_of_the_whole_episode_lowers_its_reward_before_the_advantage() -> None:
+def test_the_kl_of_an_episode_lowers_its_reward_before_the_advantage() -> None:
     group = Group(TASK, (an_episode(1.0, [-0.5, None, -0.7]), an_episode(1.0, [-0.5])), ())
     references = [[math.nan, 0.0, -0.6, -9.0, -1.7], [0.0, 0.0, -0.5]]
     samples = [
@@ -181,7 +181,7 @@ def test_the_kl_of_the_whole_episode_lowers_its_reward_before_the_advantage() ->
         credit([group], make_samples([group]), grpo, loss_fn)
 
 
-def test_an_episode_that_became_several_samples_has_one_advantage_and_its_kl_once() -> None:
+def test_an_episode_split_into_samples_has_one_advantage_and_one_kl() -> None:
     group = Group(TASK, (an_episode(1.0, [-0.5, -0.7]), an_episode(0.0, [-0.5])), ())
     first, second = make_samples([group])
     first, second = (
@@ -199,7 +199,7 @@ def test_an_episode_that_became_several_samples_has_one_advantage_and_its_kl_onc
     assert metrics["train:kl_penalty"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_an_episode_of_several_turns_is_credited_as_one_and_what_the_template_adds_is_not_trained_on() -> None:
+def test_a_multi_turn_episode_has_one_advantage_and_masks_template_tokens() -> None:
     replies = [completion((5, 6), (-0.5, math.nan)), completion((7,), (-0.7,)), completion((4, 4), (-0.1, -0.2))]
     long = conversation(1.0, *replies, prompt=(1, 2), added=(8, 9), new=(2,))
     group = Group(TASK, (long, an_episode(0.0, [-0.5])), ())
@@ -215,7 +215,7 @@ def test_an_episode_of_several_turns_is_credited_as_one_and_what_the_template_ad
     assert loss_weights(samples, LossFn(token_level_loss=False)) == [1 / 2 / 4, 1 / 2 / 4, 1 / 2]
 
 
-def test_groups_whose_rewards_are_equal_though_some_are_wrong_are_told_apart() -> None:
+def test_equal_rewards_with_a_wrong_episode_have_their_own_drop_reason() -> None:
     group = Group(TASK, (an_episode(0.5, [-0.5]), an_episode(0.5, [-0.5], correct=False)), ())
     _, metrics = judge([group], Grpo())
     assert metrics["train:dropped_groups/equal_rewards"] == 1

@@ -121,9 +121,7 @@ def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Pa
     assert (tmp_path / "latest").resolve().name == "step_2"
 
 
-def test_an_engine_that_dies_or_hangs_is_started_again_and_the_numbers_are_those_of_a_run_where_none_did(
-    whole: Run, tmp_path: Path
-) -> None:
+def test_a_dead_or_hung_engine_restarts_and_the_metrics_do_not_change(whole: Run, tmp_path: Path) -> None:
     stalls = "policy.generation.stall_timeout_seconds=20"
     driver = start(tmp_path, ARITHMETIC, *SHORT, "grpo.max_num_steps=4", stalls)
     # Once with the weights that it started with, once with those of an update.
@@ -145,7 +143,7 @@ def test_an_engine_that_dies_or_hangs_is_started_again_and_the_numbers_are_those
 
 
 @pytest.mark.parametrize("actor", ["policy rank 0", "engine 0"])
-def test_the_death_of_an_actor_that_is_not_started_again_ends_the_run_with_its_name(tmp_path: Path, actor: str) -> None:
+def test_the_death_of_an_actor_without_restarts_ends_the_run_with_its_name(tmp_path: Path, actor: str) -> None:
     process = start(tmp_path, ARITHMETIC, *SHORT, "policy.generation.max_restarts=0")
     title = "ray::PolicyWorker" if actor.startswith("policy") else "ray::TorchEngine"
     deadline = time.monotonic() + 200
@@ -163,7 +161,7 @@ def test_the_death_of_an_actor_that_is_not_started_again_ends_the_run_with_its_n
     assert "Traceback" not in errors
 
 
-def test_a_run_that_ray_has_no_room_for_says_what_it_asked_and_what_there_is(tmp_path: Path) -> None:
+def test_a_run_too_large_for_ray_logs_requested_and_available_resources(tmp_path: Path) -> None:
     overrides = ("cluster.num_nodes=2", "cluster.placement_timeout_seconds=2")
     done = run(tmp_path, ARITHMETIC, *SHORT, "policy.from_scratch.supervised_steps=0", *overrides)
     assert done.code == 1
@@ -193,7 +191,7 @@ def test_a_mistake_in_the_configuration_is_one_message_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_tasks_that_do_not_make_one_step_are_a_mistake_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_too_few_tasks_for_one_step_are_refused_and_leave_no_files(tmp_path: Path) -> None:
     many = ("grpo.num_prompts_per_step=1024", "policy.train_global_batch_size=16384", "grpo.max_num_epochs=1")
     done = run(tmp_path / "run", ARITHMETIC, *many)
     assert done.code == 2

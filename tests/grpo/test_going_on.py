@@ -80,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return done
 
 
-def test_a_run_that_was_killed_again_and_again_has_the_numbers_of_one_that_was_not(whole: Run, tmp_path: Path) -> None:
+def test_a_run_killed_repeatedly_has_the_metrics_of_an_uninterrupted_run(whole: Run, tmp_path: Path) -> None:
     attempts = Attempts(tmp_path / "run")
     folder = attempts.folder
 

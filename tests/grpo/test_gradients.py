@@ -90,7 +90,7 @@ def test_on_policy_every_surrogate_has_the_gradient_of_the_return(options: dict[
     assert sums.ratio / sums.tokens == pytest.approx(1, abs=1e-6)
 
 
-def test_what_an_older_policy_sampled_has_the_gradient_of_the_present_return() -> None:
+def test_off_policy_samples_give_the_gradient_of_the_current_return() -> None:
     table = a_table(1, requires_grad=True)
     older = near(table, 2)
     samples = [a_sample(each, REWARD[each], older) for each in SINGLE_TOKENS]
@@ -99,7 +99,7 @@ def test_what_an_older_policy_sampled_has_the_gradient_of_the_present_return() -
     torch.testing.assert_close(-gradient, truth, atol=1e-6, rtol=0)
 
 
-def test_correction_and_ratio_together_lead_from_the_engine_to_the_present_policy() -> None:
+def test_correction_and_ratio_together_give_the_current_policys_gradient() -> None:
     table = a_table(1, requires_grad=True)
     before, engine = near(table, 2), near(table, 3)
     samples = [a_sample(each, REWARD[each], engine, prev=before) for each in SINGLE_TOKENS]
@@ -291,7 +291,7 @@ def test_the_kl_in_the_loss_has_the_kls_gradient(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_the_kl_of_the_present_policy_is_had_from_what_an_older_one_sampled(kind: str) -> None:
+def test_off_policy_samples_give_the_kl_gradient_of_the_current_policy(kind: str) -> None:
     table = a_table(1, requires_grad=True)
     reference, older = near(table, 2), near(table, 3)
     samples = [a_sample(each, 0.0, older, reference=reference) for each in EPISODES]
@@ -361,7 +361,7 @@ def estimated_over_groups(table: Table, rewards: dict[tuple[int, ...], float], s
     return -estimated(table, samples, weights)[1]
 
 
-def test_rloo_is_unbiased_and_the_groups_own_mean_shrinks_the_gradient_by_n_minus_1_over_n() -> None:
+def test_rloo_is_unbiased_and_a_group_mean_scales_it_by_n_minus_1_over_n() -> None:
     table = a_table(1, requires_grad=True)
     truth = gradient_of(expected_return(table, SINGLE_TOKENS), table)
     rloo = estimated_over_groups(table, REWARD, 3, Grpo(normalize_rewards=False, use_leave_one_out_baseline=True))
@@ -370,7 +370,7 @@ def test_rloo_is_unbiased_and_the_groups_own_mean_shrinks_the_gradient_by_n_minu
     torch.testing.assert_close(plain, truth * 2 / 3, atol=1e-6, rtol=0)
 
 
-def test_maxrl_follows_the_first_terms_of_the_gradient_of_log_probability_of_success() -> None:
+def test_maxrl_matches_the_first_terms_of_the_gradient_of_log_success() -> None:
     table = a_table(1, requires_grad=True)
     rewards = {each: float(each in [(1,), (3,)]) for each in SINGLE_TOKENS}
     success = probability(table, (1,)) + probability(table, (3,))

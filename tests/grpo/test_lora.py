@@ -47,7 +47,7 @@ def trained(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return work.saved, run_ranks(2, work)
 
 
-def test_adapters_train_and_are_merged_into_what_engines_and_checkpoints_get(
+def test_adapters_train_and_are_merged_for_engines_and_checkpoints(
     trained: tuple[Path, dict[str, Any]], model_path: Path
 ) -> None:
     saved, found = trained
@@ -134,7 +134,7 @@ def test_the_frozen_model_is_held_in_the_type_that_is_computed_with(model_path: 
     assert embeddings.equal(before["model.embed_tokens.weight"].bfloat16().float())
 
 
-def test_a_run_with_adapters_and_a_reference_goes_on_exactly_and_only_from_the_same_starting_model(
+def test_a_lora_run_resumes_exactly_and_refuses_another_starting_model(
     tmp_path: Path,
 ) -> None:
     options = (

@@ -108,7 +108,7 @@ def test_metrics_are_means_over_trained_tokens_under_their_names() -> None:
     assert loss.item() == pytest.approx(-1.2 + 0.8 + 0.1 * sum(kl), abs=1e-6)
 
 
-def test_the_engines_error_is_that_of_the_same_weights_where_they_are_known() -> None:
+def test_engine_error_is_measured_against_logprobs_of_the_same_weights() -> None:
     """With the policy two updates further on, its logprobs before the first one are compared with the engine's."""
     correction = {"use_importance_sampling_correction": True}
     _, sums = compute(*a_batch([-3.0], [-1.0], [1.0], prev=[-1.0 + math.log(1.25)]), **correction)
@@ -176,7 +176,7 @@ def step_of(
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_no_split_over_micro_batches_and_ranks_changes_loss_gradient_or_metrics(options: dict[str, Any]) -> None:
+def test_micro_batch_and_rank_splits_keep_loss_gradient_and_metrics(options: dict[str, Any]) -> None:
     samples = samples_of(UNEVEN)
     loss, gradient, sums, counts = step_of(samples, options)
     assert counts == [1]
@@ -256,7 +256,7 @@ def test_a_sample_of_which_nothing_is_trained_is_in_no_mean(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"entropy_bonus": 0.1}, {"reference_policy_kl_penalty": 0.1}, {}])
-def test_samples_without_advantage_are_left_out_only_where_they_have_no_gradient(options: dict[str, Any]) -> None:
+def test_samples_without_advantage_are_skipped_only_without_a_gradient(options: dict[str, Any]) -> None:
     _, _, sums, _ = step_of(samples_of(UNEVEN), options)
     assert sums.tokens == sum(len(each) for each in UNEVEN) - (0 if options else len(UNEVEN[3]))
 
@@ -293,7 +293,7 @@ HARD: list[dict[str, Any]] = [
 
 @given(drawn=ragged(), options=st.sampled_from(HARD))
 @settings(max_examples=150, deadline=None)
-def test_any_lengths_masks_and_logprobs_give_finite_numbers_and_what_is_masked_never_matters(
+def test_random_batches_give_finite_numbers_and_ignore_masked_positions(
     drawn: tuple[dict[str, torch.Tensor], tuple[int, ...], torch.Tensor], options: dict[str, Any]
 ) -> None:
     tensors, lengths, mask_T = drawn
@@ -383,7 +383,7 @@ def test_the_mean_weight_is_over_sequences_if_a_sequence_has_one() -> None:
     assert sums.engine_metrics(LossFn(**options))["train:sampling_importance_ratio"] == pytest.approx(1.875)
 
 
-def test_a_small_constant_mismatch_costs_a_long_sequence_under_a_weight_of_sequences_and_no_token() -> None:
+def test_sequence_weights_mask_a_small_mismatch_that_token_weights_keep() -> None:
     """0.012 on each of 100 tokens is a product of 3.3, above the usual bound of 3; every token's weight is 1.012."""
     logprobs_T, batch = a_batch([-1.0] * 100, [-1.012] * 100, [1.0] * 100, prev=[-1.0] * 100)
     bounds = {
@@ -455,8 +455,6 @@ TIS = {"use_importance_sampling_correction": True, "truncated_importance_samplin
         ({"truncated_importance_sampling_type": "clip"}, "'tis', 'mis', 'icepop' or 'seq-mask-tis'"),
     ],
 )
-def test_options_that_cannot_go_together_are_refused_with_what_would_be_right(
-    options: dict[str, Any], message: str
-) -> None:
+def test_incompatible_options_are_refused_with_the_correct_setting(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LossFn(**options)

@@ -144,7 +144,7 @@ def test_what_a_sequence_is_packed_with_changes_nothing_in_float64(lengths: list
         torch.testing.assert_close(together[kind], torch.cat([each[kind] for each in singly]), atol=1e-12, rtol=1e-12)
 
 
-def test_a_token_is_seen_by_the_later_ones_of_its_own_sequence_and_by_nobody_else() -> None:
+def test_a_token_affects_only_later_tokens_of_its_own_sequence() -> None:
     lengths = (9, 14, 6)
     token_ids_T = some_tokens(lengths)
     changed_T = token_ids_T.clone()
@@ -233,7 +233,7 @@ def test_dropout_stays_off_while_training(kind: str, noise: dict[str, float]) ->
         ("Mamba", {"state_size": 8, "num_hidden_layers": 2}, False),
     ],
 )
-def test_models_with_windows_scaled_or_capped_logits_or_a_state_give_their_own_logprobs(
+def test_models_with_windows_softcaps_or_state_give_their_own_logprobs(
     kind: str, changes: dict[str, Any], packs: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = (9, 14, 1, 6)
@@ -360,7 +360,7 @@ def test_attention_works_on_hardly_more_than_the_squares_of_the_lengths(lengths:
 
 @settings(deadline=None, max_examples=30)
 @given(some.lists(some.integers(1, 30), min_size=1, max_size=9))
-def test_flash_attention_is_told_where_sequences_start_and_how_far_they_see(lengths: list[int]) -> None:
+def test_flash_attention_receives_sequence_starts_and_window_sizes(lengths: list[int]) -> None:
     """torch's kernel, which only CUDA has, played by its documented meaning."""
     random = torch.Generator().manual_seed(0)
     tensors = [torch.randn(sum(lengths), heads, 8, generator=random).requires_grad_() for heads in (4, 2, 2)]

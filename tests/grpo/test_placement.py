@@ -100,7 +100,7 @@ def layout_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asks]:
         yield asks
 
 
-def test_colocated_engines_of_two_gpus_share_them_with_two_policy_ranks_each_in_order(layout_of: Asks) -> None:
+def test_a_colocated_engine_of_two_gpus_shares_two_policy_ranks_in_order(layout_of: Asks) -> None:
     policy, engines = layout_of(
         {"num_nodes": 2, "gpus_per_node": 4}, backend="vllm", vllm_cfg={"tensor_parallel_size": 2}
     )

@@ -144,9 +144,7 @@ def test_logprobs_come_back_in_the_samples_order_whichever_rank_made_them() -> N
     assert [each.tolist() for each in found] == [sample.token_ids.tolist() for sample in samples]
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight_and_the_message_names_the_step(
-    model_path: Path, tmp_path: Path
-) -> None:
+def test_a_non_finite_gradient_changes_no_weight_and_names_the_step(model_path: Path, tmp_path: Path) -> None:
     work = Work(tmp_path / "run", model_path, rounds=(ROUNDS[0], (a_sample(4, float("inf")),)))
     found = run_ranks(1, work)
     assert re.fullmatch("in step 2 the gradient's norm is (nan|inf), so no weight was changed", found["error"])

@@ -38,7 +38,7 @@ def test_a_short_phase_logs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_lines_come_after_5_s_then_every_10_s_and_rarely_if_nothing_is_done(
+def test_progress_logs_after_5_s_then_every_10_s_and_rarely_if_stalled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0

@@ -24,7 +24,7 @@ SAMPLED = Path(__file__).with_name("sampled.yaml")
 STOP = ("grpo.stop_at_validation_metric=val:pass@2", "grpo.stop_at_validation_threshold=0.0")
 
 
-def test_a_run_that_stopped_at_its_threshold_goes_on_without_one_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+def test_a_run_stopped_at_a_threshold_resumes_exactly_without_threshold(tmp_path: Path) -> None:
     rows = [{"question": f"{number}+{other}", "answer": str(number + other)} for number in range(5) for other in (1, 2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), tmp_path / "rows.parquet")
@@ -90,7 +90,7 @@ def test_the_epochs_end_a_run_that_draws_more_tasks_than_a_step_asks_for(
     assert trainer.is_over(rollouts_of(trainer, 0))
 
 
-def test_a_run_that_stopped_at_its_threshold_stays_stopped_until_that_is_raised(tmp_path: Path) -> None:
+def test_a_run_stopped_at_its_threshold_stays_stopped_until_it_is_raised(tmp_path: Path) -> None:
     trainer = Trainer.__new__(Trainer)
     trainer.domain, trainer.last_step = Arithmetic(ArithmeticEnv(), seed=1), 100
     trainer.state = TrainerState(7, 0, 7, 0, "", {"val:accuracy": 0.8})  # as its last checkpoint has it

@@ -102,7 +102,7 @@ def written(worker: PolicyWorker) -> dict[str, str]:
     return digests
 
 
-def test_a_checkpoint_holds_the_step_it_was_asked_for_whatever_comes_before_it_is_written(
+def test_a_checkpoint_holds_the_requested_step_despite_later_updates(
     worker: PolicyWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, real = threading.Event(), writer.write_checked
@@ -205,7 +205,7 @@ def state(step: int) -> TrainerState:
     return TrainerState(step, step, step, 0, "digest", {})
 
 
-def test_a_save_waits_for_the_one_before_and_nothing_has_a_name_before_its_line_is_written(tmp_path: Path) -> None:
+def test_a_save_waits_for_the_previous_one_and_the_metrics_line(tmp_path: Path) -> None:
     async def use(saver: Saver, ranks: Ranks) -> None:
         first = state(1)
         assert "time:checkpoint_write" not in await saver.copy(first)
@@ -231,7 +231,7 @@ def test_a_save_waits_for_the_one_before_and_nothing_has_a_name_before_its_line_
     with_saver(tmp_path, use)
 
 
-def test_a_write_that_fails_is_said_at_the_next_step_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+def test_a_failed_write_fails_the_next_step_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     async def use(saver: Saver, ranks: Ranks) -> None:
         for step, error in ((1, None), (2, OSError(errno.ENOSPC, "No space left on device"))):
             await saver.copy(state(step))

@@ -26,7 +26,7 @@ def rate(parts: list[dict[str, Any]] | None, base: float = 1.0) -> LearningRate:
     return LearningRate(base, None if parts is None else [SchedulerPart.model_validate(part) for part in parts])
 
 
-def test_the_learning_rate_is_what_torch_s_schedulers_give_when_stepped_once_per_training_step() -> None:
+def test_learning_rate_equals_torch_schedulers_stepped_once_per_step() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, 0.01)
@@ -42,7 +42,7 @@ def test_the_learning_rate_is_what_torch_s_schedulers_give_when_stepped_once_per
     assert max(expected) == 1.0
 
 
-def test_a_run_that_goes_on_has_the_learning_rate_of_one_that_was_not_interrupted() -> None:
+def test_a_resumed_run_has_the_learning_rates_of_an_uninterrupted_one() -> None:
     whole = rate(WARM_UP)
     expected = [whole.at(step) for step in range(1, 15)]
     assert [rate(WARM_UP).at(step) for step in range(1, 15)] == expected

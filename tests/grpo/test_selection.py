@@ -65,13 +65,13 @@ def test_a_batch_can_be_larger_than_a_step_and_what_is_too_much_is_counted() -> 
 
 
 @pytest.mark.parametrize("rewards", [(1.0, *[0.0] * 15), (0.0, *[1.0] * 15)])
-def test_the_lone_success_or_failure_of_a_group_is_signal_and_keeps_all_of_it(rewards: tuple[float, ...]) -> None:
+def test_one_success_or_failure_in_a_group_is_signal_and_keeps_the_group(rewards: tuple[float, ...]) -> None:
     # NeMo RL looks at each episode's spread of the others, which is 0 for the one that teaches most.
     selection, _ = selected([[group(*rewards)]], num_prompts_per_step=1, use_dynamic_sampling=True)
     assert len(selection.kept[0].episodes) == 16
 
 
-def test_tasks_that_teach_nothing_end_the_step_after_its_last_batch_with_the_counts() -> None:
+def test_groups_without_signal_fail_the_step_after_its_last_batch() -> None:
     batches = [named(RIGHT, WRONG), named(WRONG, MIXED), [of(), of(episode(0.0, reason="prompt_too_long"))]]
     keys = {"num_prompts_per_step": 2, "use_dynamic_sampling": True, "dynamic_sampling_max_gen_batches": 3}
     with pytest.raises(Failure) as failed:
@@ -107,7 +107,7 @@ def test_the_reward_is_told_over_all_groups_and_over_those_that_differ() -> None
     assert "train:filtered_reward_mean" not in selected([named(WRONG)], num_prompts_per_step=1)[0].metrics({})
 
 
-def test_an_environment_that_breaks_too_often_ends_the_run_with_the_first_task_it_broke_in() -> None:
+def test_an_environment_that_breaks_too_often_ends_the_run_with_its_task() -> None:
     broken = [group(1.0, 0.0), group(1.0, name="b", broken=["task b: ValueError: the reward is nan"]), of(broken="cd")]
     selection, _ = selected([broken], num_prompts_per_step=3)  # 3 of 6 are not more than half
     assert next(selection.remarks()) == (
@@ -120,7 +120,7 @@ def test_an_environment_that_breaks_too_often_ends_the_run_with_the_first_task_i
     selected([[of(broken="ab")]], num_prompts_per_step=1, max_broken_fraction=1.0)
 
 
-def test_a_prompt_that_does_not_fit_is_named_and_ends_its_own_episodes_only() -> None:
+def test_a_too_long_prompt_is_named_and_ends_only_its_own_episodes() -> None:
     long = of(*[episode(0.0, name="long", reason="prompt_too_long")] * 2)
     selection, _ = selected([[group(1.0, 0.0), long]], num_prompts_per_step=2)
     assert list(selection.remarks()) == ["1 tasks whose prompt does not fit are not trained on: long (3 tokens)"]
@@ -130,7 +130,7 @@ def test_a_prompt_that_does_not_fit_is_named_and_ends_its_own_episodes_only() ->
     assert metrics["train:dropped_groups/prompt_too_long"] == 1
 
 
-def test_truncated_replies_leave_the_loss_and_its_denominators_and_stay_in_statistics() -> None:
+def test_truncated_replies_leave_loss_and_denominators_but_not_statistics() -> None:
     groups = [of(episode(1.0, length=2), episode(0.0, length=4), episode(0.0, length=10, reason="length"))]
     samples, _ = credit(groups, make_samples(groups), PLAIN, LossFn())
     filtered = without_truncated(samples)

@@ -24,9 +24,7 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make(tmp_path_factory.mktemp(request.param) / "model")
 
 
-def test_tensor_parallel_and_sharded_ranks_train_as_one_and_their_checkpoints_are_anybody_s(
-    model_path: Path, tmp_path: Path
-) -> None:
+def test_sharded_and_tensor_parallel_ranks_match_one_rank_also_on_resume(model_path: Path, tmp_path: Path) -> None:
     one = Work(tmp_path / "one", model_path)
     expected = run_ranks(1, one)
     four = Work(tmp_path / "four", model_path, tensor_parallel_size=2)
@@ -38,7 +36,7 @@ def test_tensor_parallel_and_sharded_ranks_train_as_one_and_their_checkpoints_ar
     assert_alike(run_ranks(4, back), expected)
 
 
-def test_hybrid_sharding_with_recomputed_activations_and_offloaded_weights_trains_as_one_rank(tmp_path: Path) -> None:
+def test_hybrid_sharding_with_recomputation_and_offload_trains_as_one_rank(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "model")
     settings = {"hybrid_sharding": True, "activation_checkpointing": True, "cpu_offload": True}
     found = run_ranks(4, Work(tmp_path / "four", path, {"dtensor_cfg": settings}, num_nodes=2))
@@ -51,7 +49,7 @@ def config(path: Path, *, tensor_parallel_size: int, gpus: int = 2) -> TrainConf
     return tiny_config(path.parent, policy=policy, cluster={"gpus_per_node": gpus})
 
 
-def test_tensor_parallel_ranks_count_as_one_for_the_batch_and_stay_in_a_node(tmp_path: Path) -> None:
+def test_tensor_parallel_ranks_count_as_one_and_must_fit_in_a_node(tmp_path: Path) -> None:
     assert config(tmp_path / "model", tensor_parallel_size=2).num_data_parallel_ranks == 1
     assert config(tmp_path / "model", tensor_parallel_size=2, gpus=8).num_data_parallel_ranks == 4
     with pytest.raises(ValidationError, match=r"tensor_parallel_size 3 must divide the 4 policy ranks of a node"):

@@ -59,7 +59,7 @@ def both(*, are_taken: bool) -> tuple[Turns, Records]:
     return Turns(*sides, are_taken), policy
 
 
-def test_engines_sleep_while_the_policy_trains_and_wake_in_the_order_that_fits_into_memory() -> None:
+def test_engines_sleep_during_training_and_wake_in_an_order_fitting_memory() -> None:
     turns, seen = both(are_taken=True)
 
     async def steps() -> None:
@@ -104,7 +104,7 @@ def test_where_nobody_takes_turns_there_are_new_weights_and_nothing_else() -> No
         (4, {"backend": "vllm"}, {"async_grpo": {"enabled": True, "max_trajectory_age_steps": 0}}, True),
     ],
 )
-def test_only_who_shares_gpus_and_never_samples_while_it_trains_takes_turns(
+def test_only_colocated_synchronous_engines_take_turns_with_the_policy(
     tmp_path: Path, gpus: int, generation: dict[str, Any], grpo: dict[str, Any], expected: bool
 ) -> None:
     config = tiny_config(
@@ -117,7 +117,7 @@ def test_only_who_shares_gpus_and_never_samples_while_it_trains_takes_turns(
     assert config.takes_turns == expected
 
 
-def test_a_policy_that_has_rested_between_updates_trains_and_is_saved_as_one_that_has_not(tmp_path: Path) -> None:
+def test_offloading_the_policy_between_updates_does_not_change_training(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
     found = [run_ranks(2, Work(tmp_path / str(rests), model, rests=rests)) for rests in (True, False)]
     assert_alike(*found)
@@ -139,7 +139,7 @@ def test_a_policy_that_has_rested_between_updates_trains_and_is_saved_as_one_tha
         pytest.param(("policy.generation.weight_transfer=disk",), id="disk"),
     ],
 )
-def test_on_gpus_engines_sample_with_the_policys_weights_after_every_update(
+def test_engines_on_gpus_sample_with_the_policy_weights_after_every_update(
     tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
     need_gpu()

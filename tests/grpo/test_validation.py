@@ -15,7 +15,7 @@ from slurmkit.grpo.validation import is_good_enough, pass_at_k, validation_metri
 
 
 @pytest.mark.parametrize("num", [1, 2, 5, 8])
-def test_pass_at_k_is_the_part_of_all_choices_of_k_episodes_that_hold_a_correct_one(num: int) -> None:
+def test_pass_at_k_is_the_fraction_of_k_subsets_with_a_correct_episode(num: int) -> None:
     for correct in range(num + 1):
         outcomes = [True] * correct + [False] * (num - correct)
         for k in range(1, num + 1):
@@ -23,7 +23,7 @@ def test_pass_at_k_is_the_part_of_all_choices_of_k_episodes_that_hold_a_correct_
             assert pass_at_k(num, correct, k) == pytest.approx(sum(choices) / len(choices))
 
 
-def test_accuracy_is_the_mean_and_pass_at_k_is_told_for_powers_of_two_and_the_number_itself() -> None:
+def test_accuracy_is_the_mean_and_pass_at_k_has_powers_of_two_and_n() -> None:
     groups = [group(1, 0, 0, 0, 0, 0), group(1, 1, 1, 0, 0, 0)]
     metrics = validation_metrics(groups, Grpo(val_num_generations_per_prompt=6))
     assert metrics["val:accuracy"] == metrics["val:pass@1"] == pytest.approx(4 / 12)
@@ -51,7 +51,7 @@ def test_a_single_episode_per_task_has_no_pass_at_k() -> None:
     }
 
 
-def test_a_task_of_which_episodes_broke_counts_for_the_k_that_it_still_has_enough_for() -> None:
+def test_a_task_with_broken_episodes_counts_only_for_reachable_k() -> None:
     metrics = validation_metrics([group(1, broken=["x"]), group(0, 1)], Grpo(val_num_generations_per_prompt=2))
     assert metrics["val:pass@1"] == pytest.approx((1 + 1 / 2) / 2)
     assert metrics["val:pass@2"] == 1

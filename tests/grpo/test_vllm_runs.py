@@ -56,7 +56,7 @@ def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, t
     assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
 
 
-def test_agents_act_with_the_policy_while_it_is_trained_with_completions_in_flight(
+def test_agents_sample_over_http_while_the_policy_trains_asynchronously(
     tmp_path: Path,
 ) -> None:
     driver = start(
@@ -100,7 +100,7 @@ def engine_core(driver: subprocess.Popen[str]) -> psutil.Process | None:
     return None
 
 
-def test_an_engine_whose_process_dies_is_started_again_and_once_too_often_ends_the_run_and_leaves_nothing(
+def test_a_dead_vllm_engine_restarts_until_the_limit_ends_the_run_cleanly(
     tmp_path: Path,
 ) -> None:
     with nothing_left_behind():

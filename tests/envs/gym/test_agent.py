@@ -101,9 +101,7 @@ def groups(config: TrainConfig, *, episodes_per_task: int = 1) -> list[Group]:
     )
 
 
-def test_an_agent_s_tokens_become_the_episode_s_and_a_prompt_that_is_no_continuation_begins_a_sample(
-    agent: AgentServer, tmp_path: Path
-) -> None:
+def test_agent_tokens_enter_the_episode_and_a_new_prompt_starts_a_sample(agent: AgentServer, tmp_path: Path) -> None:
     one = row(
         {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": None},
         {**CALL, **tokens([1, 2, 3], [4, 5])},
@@ -174,9 +172,7 @@ def test_an_agent_that_fails_breaks_that_episode_alone_once_and_is_named(
     assert len(agent.asked) == 2
 
 
-def test_an_agent_that_is_not_there_in_time_ends_the_run_and_one_that_comes_later_is_waited_for(
-    agent: AgentServer, tmp_path: Path
-) -> None:
+def test_a_missing_agent_ends_the_run_and_a_late_agent_is_waited_for(agent: AgentServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"env.gym.agent_url \S+: GET /run: Cannot connect .* which takes POST /run"):
         groups(configured(tmp_path, "http://127.0.0.1:9", row(), gym={"start_timeout_seconds": 1.0}))
     left = [503]

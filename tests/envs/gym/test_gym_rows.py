@@ -110,7 +110,7 @@ def refusal(config: TrainConfig) -> str:
     return str(error.value)
 
 
-def test_a_server_that_is_not_there_or_is_none_of_gym_s_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_missing_or_foreign_gym_server_is_refused_before_the_start(tmp_path: Path) -> None:
     with gym_server() as server:
         gone = server.url
     message = refusal(configured(tmp_path, [row()], url=gone, start_timeout_seconds=1))

@@ -35,9 +35,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.kill()
 
 
-def test_the_workplace_of_nemo_gym_gives_gold_calls_a_reward_of_one_and_none_a_reward_of_zero(
-    real: str, tmp_path: Path
-) -> None:
+def test_the_real_gym_workplace_gives_gold_calls_1_and_no_calls_0(real: str, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in need_shared_data("workplace_gym/example.jsonl").read_text().splitlines()]
     gym = make_domain(configured(tmp_path, rows, seconds=60, url=f"{real}/workplace_assistant"))
     wrong = Message("assistant", "", (ToolCall("call_w", "email_reply_email", '{"nope": 3}'),))

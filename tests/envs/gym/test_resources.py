@@ -62,9 +62,7 @@ def played(domain: Domain, *replies: Message, task: int = 0) -> tuple[list[str],
     return asyncio.run(play(domain.environment(), domain.train_tasks[task], *replies))
 
 
-def test_an_episode_is_a_session_of_tool_calls_and_the_server_s_own_judgement(
-    server: GymServer, tmp_path: Path
-) -> None:
+def test_an_episode_is_one_session_of_tool_calls_scored_by_the_server(server: GymServer, tmp_path: Path) -> None:
     gym = domain(server, tmp_path, row(expected=7))
     thought = Message("assistant", "<think>\n3 and 4\n</think>\n\nI add.", add(3).tool_calls)
     said, score = played(gym, thought, add(4), Message("assistant", "Done."))
@@ -86,9 +84,7 @@ def test_an_episode_is_a_session_of_tool_calls_and_the_server_s_own_judgement(
     assert judged["response"]["object"] == "response"
 
 
-def test_the_opening_is_the_row_s_messages_with_its_tools_as_chat_templates_take_them(
-    server: GymServer, tmp_path: Path
-) -> None:
+def test_an_episode_starts_with_the_messages_and_chat_tools_of_its_row(server: GymServer, tmp_path: Path) -> None:
     gym = domain(server, tmp_path, row(expected=7))
     opened = [asyncio.run(gym.environment().start(gym.train_tasks[0])) for _ in range(2)]
     assert opened[0].messages == (Message("system", "Use add."), Message("user", "Make it 7 (0)."))
@@ -97,9 +93,7 @@ def test_the_opening_is_the_row_s_messages_with_its_tools_as_chat_templates_take
     assert opened[0] == opened[1], "episodes share their tools, by which prompts are cached"
 
 
-def test_a_wrong_end_scores_nothing_and_a_partial_reward_counts_as_right_where_that_is_asked_for(
-    server: GymServer, tmp_path: Path
-) -> None:
+def test_a_wrong_answer_scores_zero_and_correct_reward_sets_the_threshold(server: GymServer, tmp_path: Path) -> None:
     assert played(domain(server, tmp_path, row()), Message("assistant", "No."))[1] == Score(0.0, False)
     assert played(domain(server, tmp_path, row(), correct_reward=0.0), add(1))[1] == Score(0.0, True)
 
@@ -193,9 +187,7 @@ class Adds:
         return completion(ids, [-0.5] * len(ids))
 
 
-def test_broken_episodes_are_missing_from_their_groups_and_named_and_are_no_zeros(
-    server: GymServer, tmp_path: Path
-) -> None:
+def test_broken_episodes_are_named_and_left_out_of_their_groups(server: GymServer, tmp_path: Path) -> None:
     faults: list[dict[str, list[str]]] = [{}, {"verify": ["error"]}, {"add": ["drop"]}, {"add": ["huge"]}]
     gym = domain(server, tmp_path, *(row(number, **each) for number, each in enumerate(faults)))
     chat = Chat(make_tiny_model(tmp_path / "model"), tool_parser="hermes")
@@ -235,9 +227,7 @@ def test_a_server_that_does_not_answer_holds_up_no_other_episode(server: GymServ
     assert asyncio.run(both()) == (Score(1.0, True), True)
 
 
-def test_a_thousand_episodes_at_once_keep_their_sessions_apart_within_the_limit_of_connections(
-    server: GymServer, tmp_path: Path
-) -> None:
+def test_1024_episodes_keep_separate_sessions_within_max_connections(server: GymServer, tmp_path: Path) -> None:
     rows = [row(number, expected=number, add=["in a moment"]) for number in range(1, 1025)]
     gym = domain(server, tmp_path, *rows, seconds=120, max_connections=256)
 

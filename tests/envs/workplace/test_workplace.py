@@ -88,7 +88,7 @@ def test_every_recorded_verdict_of_nemo_gym_is_ours_too() -> None:
     assert [judge(gym_world(), case["predicted"], case["gold"], "gym") for case in VERDICTS] == verdicts
 
 
-def test_every_recorded_answer_of_nemo_gym_s_tools_is_ours_too_wrong_types_and_unknown_tools_included() -> None:
+def test_tools_reproduce_every_recorded_nemo_gym_output_including_errors() -> None:
     tools = set()
     for case in VERDICTS:
         desk = Desk(gym_world())
@@ -99,7 +99,7 @@ def test_every_recorded_answer_of_nemo_gym_s_tools_is_ours_too_wrong_types_and_u
     assert tools >= set(DEFINITIONS)
 
 
-def test_names_arguments_and_required_ones_of_all_tools_are_those_of_nemo_gym_s_data() -> None:
+def test_tool_names_arguments_and_required_lists_match_nemo_gym_data() -> None:
     row = json.loads(need_shared_data("workplace_gym/example.jsonl").read_text().splitlines()[0])
 
     def shape(tool: Any) -> Any:
@@ -112,7 +112,7 @@ def test_names_arguments_and_required_ones_of_all_tools_are_those_of_nemo_gym_s_
     ]
 
 
-def test_gym_s_rows_are_read_as_they_are_and_their_own_calls_earn_1_and_none_0() -> None:
+def test_unmodified_gym_rows_earn_1_for_gold_calls_and_0_for_no_calls() -> None:
     path = need_shared_data("workplace_gym/example.jsonl")
     config = WorkplaceEnv(databases=str(path.parent))
     domain = Workplace(config, Data.model_validate({"train": {"data_path": str(path)}}))
@@ -130,7 +130,7 @@ def test_gym_s_rows_are_read_as_they_are_and_their_own_calls_earn_1_and_none_0()
     assert all(one is two for one, two in zip(opening.tools, other.tools, strict=True))
 
 
-def test_of_all_690_tasks_of_workbench_the_expected_calls_earn_1_and_no_calls_only_where_nothing_changes() -> None:
+def test_gold_calls_earn_1_on_all_690_workbench_tasks_under_both_scorings() -> None:
     folder = need_shared_data("workbench/emails.csv").parent
     files = sorted(folder.glob("*_queries_and_answers.csv"))
     data = Data.model_validate({"train": [{"data_path": str(file)} for file in files]})
@@ -204,7 +204,7 @@ def test_end_states_are_compared_as_documented(
     assert [judge(gym_world(), predicted, gold, scoring) for scoring in ("gym", "strict")] == [gym, strict]
 
 
-def test_where_nothing_is_to_be_changed_strict_wants_a_look_and_gym_does_not(tmp_path: Path) -> None:
+def test_without_changes_to_make_strict_requires_a_lookup_and_gym_does_not(tmp_path: Path) -> None:
     row = gym_row(ground_truth=[])
     rewards = {}
     for scoring in ("gym", "strict"):
@@ -255,7 +255,7 @@ def test_a_pattern_that_would_search_for_ever_is_answered_in_time() -> None:
     assert found == "Error executing tool 'project_management_search_tasks': regex timed out"
 
 
-def test_an_average_over_everything_leaves_numbers_where_text_was_in_that_episode_alone() -> None:
+def test_an_average_turns_text_into_numbers_in_its_own_episode_only() -> None:
     desk = Desk(gym_world())
     looks = []
     for tool in ("engaged_users_count", "get_average_session_duration"):
@@ -265,7 +265,7 @@ def test_an_average_over_everything_leaves_numbers_where_text_was_in_that_episod
     assert answer("analytics_get_visitor_information_by_id", visitor_id="0860") == looks[0]
 
 
-def test_what_was_answered_and_forwarded_is_found_under_the_next_ids_with_its_marks() -> None:
+def test_replies_and_forwards_get_the_next_ids_and_subject_prefixes() -> None:
     desk = Desk(gym_world())
     desk.answer("email_reply_email", {"email_id": "00000057", "body": "b"})
     desk.answer("email_forward_email", {"email_id": "500", "recipient": "Nadia.Moreau@atlas.com"})
@@ -278,7 +278,7 @@ def test_what_was_answered_and_forwarded_is_found_under_the_next_ids_with_its_ma
     ]
 
 
-def test_a_customer_without_an_address_makes_a_search_for_addresses_fail_as_it_does_in_pandas() -> None:
+def test_a_customer_without_an_email_breaks_the_email_search_like_pandas() -> None:
     desk = Desk(gym_world())
     tool, wanted = "customer_relationship_manager_search_customers", {"customer_email": "nano", "page_size": 1}
     assert desk.answer(tool, wanted)[0]["pagination"]["total_customers"] > 0
@@ -338,7 +338,7 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(
         domain_of(tmp_path / "rows.jsonl", gym_row(), gym_row(**changes))
 
 
-def test_of_many_bad_rows_five_are_named_and_the_rest_counted_and_they_can_be_left_out(
+def test_bad_rows_are_listed_up_to_five_then_counted_and_can_be_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [gym_row(), *[gym_row(ground_truth=7)] * 8]
@@ -409,7 +409,7 @@ def test_a_made_up_company_reads_back_as_it_was_written(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
 
 
-def test_a_configuration_names_the_workplace_and_must_say_where_its_tasks_are(tmp_path: Path) -> None:
+def test_a_workplace_configuration_requires_a_data_path_for_its_tasks(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("env: {name: workplace}\npolicy: {model_name: some/model}\n")
     with pytest.raises(UserError, match=r"env\.name workplace reads its tasks: data\.train\.data_path must name"):
