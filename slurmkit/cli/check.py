@@ -13,7 +13,7 @@ from slurmkit.job.audit import read_rendered
 
 
 @click.command("check")
-@click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def command(files: tuple[Path, ...]) -> None:
     """Tell whether written sbatch files are still what rendering makes of their sources.
 
