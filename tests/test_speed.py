@@ -72,7 +72,7 @@ def test_a_configuration_without_interpolations_needs_no_resolver(here: Path) ->
     assert not loaded & (HEAVY | FOR_SOME - {"yaml"})
 
 
-def test_the_jobs_of_a_sweep_share_what_was_read_and_each_has_its_own_values(here: Path) -> None:
+def test_sweep_jobs_share_file_reads_and_keep_their_own_values(here: Path) -> None:
     site = here / "site.yaml"
     site.write_text("add: {env: {LINE: one}}\n")
     (here / "slurmkit.yaml").write_text("nodes: 2\nenv: {A: b}\n")
@@ -96,7 +96,7 @@ def test_the_jobs_of_a_sweep_share_what_was_read_and_each_has_its_own_values(her
 
 
 @pytest.mark.parametrize("damage", ["none", "cut short", "nonsense", "of another's", "a file in place of the folder"])
-def test_templates_are_compiled_once_and_whatever_happened_to_that_changes_nothing(here: Path, damage: str) -> None:
+def test_templates_compile_once_and_a_damaged_cache_changes_nothing(here: Path, damage: str) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(here / "cache")}
     code = "from slurmkit.cli.main import main; main()"
     command = [sys.executable, "-c", code, "render", "--", "true"]
@@ -144,7 +144,7 @@ def test_a_changed_template_is_compiled_again(here: Path, monkeypatch: pytest.Mo
         assert render(settled.spec, settled.templates) == text
 
 
-def test_a_compiled_template_is_checked_again_when_the_one_that_it_extends_has_changed(
+def test_compiled_template_is_checked_again_after_its_parent_changes(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))

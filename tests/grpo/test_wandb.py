@@ -122,7 +122,7 @@ def rows(run: Path, shown: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
-def test_all_attempts_are_one_run_with_the_tags_group_and_notes_that_were_asked_for(logged: Path) -> None:
+def test_all_attempts_log_to_one_run_with_the_set_tags_group_and_notes(logged: Path) -> None:
     told = attempts(logged)
     assert len(told) == 2
     for attempt in told:
@@ -133,7 +133,7 @@ def test_all_attempts_are_one_run_with_the_tags_group_and_notes_that_were_asked_
         )
 
 
-def test_every_line_has_the_names_and_figures_of_metrics_jsonl_under_its_step(logged: Path) -> None:
+def test_each_logged_step_has_the_names_and_values_of_metrics_jsonl(logged: Path) -> None:
     first, second = map(history, attempts(logged))
     assert [line["_step"] for line in first] == [0, 1, 2]
     assert [line["_step"] for line in second] == [2, 3]
@@ -147,7 +147,7 @@ def test_every_line_has_the_names_and_figures_of_metrics_jsonl_under_its_step(lo
         }
 
 
-def test_a_validation_and_its_samples_are_tables_with_the_tools_calls_of_the_attempt_that_made_them(
+def test_validation_and_samples_are_tables_with_the_attempts_tool_calls(
     logged: Path,
 ) -> None:
     first, second = map(history, attempts(logged))
@@ -164,7 +164,7 @@ def test_a_validation_and_its_samples_are_tables_with_the_tools_calls_of_the_att
     assert (sample["conversation"], sample["turns"]) == ("<|user|>2+2?<|assistant|>4<|end|>", 1)
 
 
-def test_the_job_s_files_are_an_artifact_with_a_version_for_each_attempt_and_lie_in_the_run_directory(
+def test_job_files_are_an_artifact_in_the_run_dir_one_version_per_attempt(
     logged: Path,
 ) -> None:
     run_id = (logged / "wandb/run_id").read_text()
@@ -186,9 +186,7 @@ def test_nothing_of_the_environment_and_of_other_files_goes_to_wandb(logged: Pat
     assert not [path for path, each in content.items() if CANARY.encode() in each or KEY.encode() in each]
 
 
-def test_a_table_has_its_bounds_however_long_and_many_the_conversations_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_size_is_bounded_for_long_and_many_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_run, "_CHARS", 100)
     line = {"task": "t", "reward": 1, "correct": True, "finish_reason": "stop"}
     text = "begin" + "x" * 500 + "end"
@@ -223,7 +221,7 @@ def server() -> Iterator[WandbServer]:
         yield made
 
 
-def test_what_would_be_uploaded_is_said_and_a_key_is_asked_for_before_anything_is(logged: Path) -> None:
+def test_dry_run_lists_uploads_and_upload_requires_an_api_key(logged: Path) -> None:
     run_id = (logged / "wandb/run_id").read_text()
     told = sync(logged, "--dry-run")
     assert (told.returncode, told.stderr) == (0, "")
@@ -236,9 +234,7 @@ def test_what_would_be_uploaded_is_said_and_a_key_is_asked_for_before_anything_i
     assert "there is neither WANDB_API_KEY nor" in refused.stderr
 
 
-def test_a_key_that_is_refused_is_a_failure_that_names_what_did_not_go_and_never_the_key(
-    logged: Path, server: WandbServer
-) -> None:
+def test_refused_key_fails_naming_the_missing_uploads_and_not_the_key(logged: Path, server: WandbServer) -> None:
     other = "c9" * 20
     done = sync(logged, WANDB_API_KEY=other, WANDB_BASE_URL=server.url)
     assert done.returncode == 1
@@ -274,7 +270,7 @@ def test_a_run_that_logged_nothing_offline_is_refused_with_the_reason(tmp_path: 
     assert "plain has nothing offline to upload: it did not log to W&B (logger.wandb_enabled)" in refused.stderr
 
 
-def test_an_attempt_that_was_killed_before_wandb_wrote_anything_keeps_no_other_from_being_uploaded(
+def test_attempt_killed_before_any_wandb_data_does_not_block_other_uploads(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "results" / "killed"

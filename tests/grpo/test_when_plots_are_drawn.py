@@ -11,7 +11,7 @@ import pytest
 from slurmkit.grpo import plots
 
 
-def test_drawings_begin_half_a_minute_apart_and_one_more_is_made_at_the_end(
+def test_plots_are_drawn_at_most_every_30_s_and_once_more_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, drawn = [1000.0], list[float]()

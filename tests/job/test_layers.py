@@ -71,7 +71,7 @@ def test_a_null_takes_a_weaker_layer_s_value_out_again(here: Path) -> None:
     assert (spec.qos, spec.env, spec.sbatch) == (None, {"B": "2"}, {})
 
 
-def test_the_strongest_layer_that_says_what_runs_decides_whether_a_configuration_or_a_command_runs(here: Path) -> None:
+def test_strongest_layer_with_a_config_or_command_decides_which_one_runs(here: Path) -> None:
     write(here / "train.yaml", "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ncluster: {gpus_per_node: 0}\n")
     write(here / "slurmkit.yaml", "config: train.yaml\noverrides: [grpo.seed=5]\n")
     run_file = write(here / "job.yaml", "command: [date]\n")
@@ -81,7 +81,7 @@ def test_the_strongest_layer_that_says_what_runs_decides_whether_a_configuration
         settle(Request(both), here, {})
 
 
-def test_paths_in_a_file_are_relative_to_it_and_may_hold_home_and_variables(
+def test_file_paths_are_relative_to_the_file_and_expand_home_and_variables(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOMEWHERE", "/some/where")

@@ -130,7 +130,7 @@ def test_a_spec_that_differs_in_anything_renders_to_another_file() -> None:
     assert render(spec(config="grpo: {seed: 1}")) != render(spec(config="grpo: {seed: 2}"))
 
 
-def test_directives_stand_before_the_first_command_because_sbatch_ignores_later_ones() -> None:
+def test_directives_precede_the_first_command() -> None:
     lines = [line for line in render(SPECS["full"]).splitlines() if line]
     last = max(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
     assert all(line.startswith("#") for line in lines[:last])
@@ -254,7 +254,7 @@ def test_every_word_of_a_command_arrives_as_typed(words: list[str]) -> None:
     assert out == b"".join(word.encode() + b"\0" for word in words)
 
 
-def test_a_carriage_return_arrives_without_standing_in_the_script_which_sbatch_would_refuse() -> None:
+def test_carriage_return_reaches_the_job_but_not_the_script_text() -> None:
     text = "it's\r\n\\r $HOME\r"
     job = spec(env={"A": text}, command=[text])
     assert "\r" not in render(job)

@@ -61,7 +61,7 @@ def test_numbers_in_a_file_may_stand_for_text(here: Path) -> None:
     assert (spec.time, spec.mem, spec.env, spec.gpus_per_node) == ("30", "64", {"OMP_NUM_THREADS": "8"}, "8")
 
 
-def test_a_training_configuration_becomes_a_command_on_the_run_directory_s_copy(here: Path) -> None:
+def test_training_config_becomes_a_command_on_the_copy_in_the_run_dir(here: Path) -> None:
     settled = settle(Request(config=here / "train.yaml", overrides=("grpo.seed=5",), flags={"nodes": 2}), here)
     run_dir = f"{here}/results/train"
     assert settled.spec.command[1:] == ("-m", "slurmkit.grpo", f"--config={run_dir}/config.yaml")

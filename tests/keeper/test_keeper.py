@@ -88,7 +88,7 @@ def test_what_ended_an_attempt_is_said_from_what_its_nodes_left(
     assert (verdict.code, verdict.reason, verdict.bad_nodes) == expected
 
 
-def test_a_script_that_ends_before_its_job_step_keeps_its_code_and_its_reason(meeting: Meeting) -> None:
+def test_script_that_ends_before_its_job_step_keeps_its_code_and_reason(meeting: Meeting) -> None:
     os.remove(Path(meeting.meet, "srun"))
     meeting.publish("over", "78 the secret X is not in this job's environment")
     assert judge(meeting, "", False)[:2] == (78, "the secret X is not in this job's environment")
@@ -144,7 +144,7 @@ def test_a_job_that_follows_one_of_another_run_begins_a_chain_of_its_own(
     assert (chain.number, chain.previous, chain.began) == (1, None, 5.0)
 
 
-def test_a_follow_up_of_a_run_that_has_ended_does_nothing_and_leaves_nothing(
+def test_follow_up_of_an_ended_run_does_nothing_and_writes_nothing(
     meeting: Meeting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second = followed(meeting, monkeypatch, {}, {"goes_on": False})
@@ -155,7 +155,7 @@ def test_a_follow_up_of_a_run_that_has_ended_does_nothing_and_leaves_nothing(
     assert os.listdir(second.folder) == ["bringup"]
 
 
-def test_a_follow_up_that_waited_past_the_last_hour_ends_with_the_code_of_the_attempt_before(
+def test_follow_up_after_max_hours_ends_with_the_previous_attempts_code(
     meeting: Meeting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second = followed(meeting, monkeypatch, {"run_started": time.time() - 3700}, {"code": 85})
@@ -194,7 +194,7 @@ def test_attempts_and_hours_limit_a_run_where_they_are_given(meeting: Meeting) -
 
 
 @pytest.mark.parametrize(("published", "looks"), [((), 4), (("started",), 10), (("started", "exit_code"), 5)])
-def test_a_node_is_lost_after_so_many_looks_without_a_sign_of_life_and_no_other_is(
+def test_only_a_node_that_misses_enough_heartbeats_is_lost(
     meeting: Meeting, monkeypatch: pytest.MonkeyPatch, published: tuple[str, ...], looks: int
 ) -> None:
     monkeypatch.setattr(watch, "BEAT", 0.0)
@@ -222,7 +222,7 @@ def test_a_node_that_has_left_is_not_lost(meeting: Meeting, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_kill_for_memory_is_told_with_limit_and_peak_of_the_lowest_limited_cgroup(
+def test_oom_report_has_limit_and_peak_of_the_lowest_limited_cgroup(
     meeting: Meeting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int
 ) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node1")
@@ -247,7 +247,7 @@ def test_a_kill_for_memory_is_told_with_limit_and_peak_of_the_lowest_limited_cgr
     assert list(node.memory_reports()) == ["a process was killed for memory: limit 600 MiB, peak 599 MiB"]
 
 
-def test_the_keeper_is_one_file_that_old_pythons_read_and_that_needs_nothing(tmp_path: Path) -> None:
+def test_keeper_is_one_file_without_dependencies_for_old_pythons(tmp_path: Path) -> None:
     text = keeper_text()
     ast.parse(text, feature_version=(3, 6))
     assert "slurmkit.keeper" not in text
@@ -256,7 +256,7 @@ def test_the_keeper_is_one_file_that_old_pythons_read_and_that_needs_nothing(tmp
     assert "--max-attempts" in subprocess.run(alone, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_job_that_was_rendered_with_another_keeper_is_refused_unless_that_is_there(tmp_path: Path) -> None:
+def test_job_rendered_with_a_missing_keeper_version_is_refused(tmp_path: Path) -> None:
     ours, other = f"/r/{name_of_keeper()} ", "/r/keeper-0123456789ab.py "
     assert digest_of_keeper().startswith(name_of_keeper()[7:19])
     assert keeper_for(ours, tmp_path) == {name_of_keeper(): keeper_text()}

@@ -38,9 +38,7 @@ def wheel(clone: Path) -> Path:
     return next(clone.parent.glob("slurmkit-*.whl"))
 
 
-def test_a_wheel_in_another_environment_renders_the_same_file_and_brings_no_trainer(
-    wheel: Path, tmp_path: Path
-) -> None:
+def test_wheel_in_another_venv_renders_the_same_file_without_trainer_deps(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / "another one"
     run(sys.executable, "-m", "venv", environment)
     pip, slurmkit = environment / "bin/pip", environment / "bin/slurmkit"

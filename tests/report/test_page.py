@@ -86,9 +86,7 @@ def test_pointing_at_a_chart_tells_every_chart_s_values_at_that_step(browser: Br
     assert browser.problems == []
 
 
-def test_dragging_across_a_chart_zooms_all_of_them_and_a_double_click_shows_all_steps(
-    browser: Browser, page: Path
-) -> None:
+def test_dragging_zooms_all_charts_and_a_double_click_shows_all_steps(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert axis(browser) == [0, 50]
     at = browser.place(".card:nth-child(3) .u-over")
@@ -122,9 +120,7 @@ def test_a_curve_can_be_taken_away_and_any_figure_be_drawn(browser: Browser, pag
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_page_is_light_or_dark_as_the_reader_prefers_and_changes_with_that(
-    browser: Browser, page: Path, dark: bool
-) -> None:
+def test_page_follows_the_preferred_color_scheme_and_its_changes(browser: Browser, page: Path, dark: bool) -> None:
     def brightness(of: str) -> float:
         red, green, blue = map(int, re.findall(r"\d+", browser.ask(f"getComputedStyle(document.body).{of}"))[:3])
         return (red + green + blue) / 3
@@ -150,7 +146,7 @@ def test_nothing_but_tables_scrolls_sideways_on_a_narrow_screen(browser: Browser
     assert browser.problems == []
 
 
-def test_a_token_tells_whether_it_is_trained_on_its_logprob_and_its_advantage(browser: Browser, page: Path) -> None:
+def test_token_shows_training_mask_logprob_and_advantage(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.ask("document.querySelector('.tokens').textContent") == "<|user|>1+2=3↵\n·漢<|end|>"
     at = browser.place(".tokens > span:nth-child(3)")
@@ -178,7 +174,7 @@ def test_a_token_tells_whether_it_is_trained_on_its_logprob_and_its_advantage(br
     assert browser.problems == []
 
 
-def test_the_page_tells_what_ended_each_attempt_and_links_to_the_logs_beside_it(browser: Browser, page: Path) -> None:
+def test_page_shows_how_each_attempt_ended_and_links_to_its_logs(browser: Browser, page: Path) -> None:
     browser.open(page)
     told = browser.ask("document.querySelector('#attempts').innerText")
     assert "node node2: its raylet died (exit code 75)" in told
@@ -192,7 +188,7 @@ def test_the_page_tells_what_ended_each_attempt_and_links_to_the_logs_beside_it(
     assert browser.ask("document.querySelector('#script pre').textContent") == "#!/bin/bash\necho '<b>' && true\n"
 
 
-def test_settings_are_shown_with_where_they_were_set_and_defaults_when_asked_for(browser: Browser, page: Path) -> None:
+def test_settings_are_shown_with_their_origin_and_defaults_on_request(browser: Browser, page: Path) -> None:
     rows = (
         "[...document.querySelectorAll('#values tbody tr')].filter((e) => !e.hidden)"
         ".map((e) => [...e.cells].map((cell) => cell.innerText))"
@@ -253,7 +249,7 @@ def test_a_page_asks_for_nothing_outside_of_itself(page: Path) -> None:
     assert "default-src &#39;none&#39;" in text
 
 
-def test_the_charting_library_is_as_it_was_published_and_its_licence_is_in_the_page(page: Path) -> None:
+def test_chart_library_is_unmodified_and_its_licence_is_in_the_page(page: Path) -> None:
     folder = REPOSITORY / "slurmkit/report/static"
     listed = re.findall(r"^([0-9a-f]{64})  (\S+)$", (folder / "README.md").read_text(), re.MULTILINE)
     assert len(listed) == 3
@@ -262,7 +258,7 @@ def test_the_charting_library_is_as_it_was_published_and_its_licence_is_in_the_p
     assert "Permission is hereby granted, free of charge" in page.read_text()
 
 
-def test_several_runs_stand_beside_each_other_with_what_they_were_told_differently(
+def test_page_compares_several_runs_and_lists_their_different_settings(
     browser: Browser, run: Path, tmp_path: Path
 ) -> None:
     other = write_steps(tmp_path / "other", 30, learns=0.5)
@@ -285,7 +281,7 @@ def test_a_run_that_has_not_begun_has_a_page(browser: Browser, tmp_path: Path) -
     assert browser.problems == []
 
 
-def test_of_many_steps_the_newest_the_first_and_some_between_are_in_the_page(tmp_path: Path) -> None:
+def test_page_keeps_the_newest_the_first_and_some_middle_steps(tmp_path: Path) -> None:
     for step in range(10, 210, 10):
         write_samples(tmp_path, step, episode("a", "b", "c"))
     kept = read_samples(tmp_path, most_steps=5, most_bytes=10**6)

@@ -67,7 +67,7 @@ def test_every_panel_has_its_unit_and_counts_steps(panels: dict[str, Axes]) -> N
     assert {axes.get_xlabel() for axes in panels.values()} == {"step"}
 
 
-def test_the_reward_has_its_spread_and_the_model_before_training_as_baseline(panels: dict[str, Axes]) -> None:
+def test_reward_plot_has_its_spread_and_the_untrained_model_as_baseline(panels: dict[str, Axes]) -> None:
     (band,) = panels["Reward"].collections
     corners = {tuple(point) for point in band.get_paths()[0].vertices}
     assert {(1, 0.25), (1, 0.75), (2, 0.25), (2, 1.25)} <= corners
@@ -75,7 +75,7 @@ def test_the_reward_has_its_spread_and_the_model_before_training_as_baseline(pan
     assert {line.get_label() for line in panels["Accuracy"].lines} >= {"before training: 0.10"}
 
 
-def test_the_phases_of_a_step_are_stacked_and_those_without_a_second_left_out(panels: dict[str, Axes]) -> None:
+def test_step_phases_are_stacked_and_phases_without_time_are_omitted(panels: dict[str, Axes]) -> None:
     drawn = panels["Time per step"]
     assert drawn.get_legend_handles_labels()[1] == ["rollout", "update"]
     assert max(y for x, y in drawn.collections[1].get_paths()[0].vertices if x == 1) == 3.25

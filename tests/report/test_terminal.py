@@ -49,7 +49,7 @@ def test_a_validation_is_told_at_once_with_the_latest_reward(tmp_path: Path, scr
     assert told[1] == "step 2/10  reward 0.38  accuracy 0.50  1:04 left"
 
 
-def test_before_the_first_step_the_driver_s_last_line_is_shown_without_its_colours(
+def test_last_driver_line_is_shown_without_colors_before_the_first_step(
     tmp_path: Path, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slurmkit.report.terminal._LINE_EVERY", 0.0)
@@ -59,7 +59,7 @@ def test_before_the_first_step_the_driver_s_last_line_is_shown_without_its_colou
     assert screen.getvalue() == "driver.log: (PolicyWorker pid=7) loading [bold]\n"
 
 
-def test_lines_of_the_log_come_at_most_every_10_s_and_never_instead_of_a_step(
+def test_log_lines_show_at_most_every_10_s_and_never_replace_a_step(
     tmp_path: Path, screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
@@ -134,7 +134,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_a_terminal_has_curves_phases_and_the_time_left_in_what_it_can_show(tmp_path: Path, encoding: str) -> None:
+def test_terminal_shows_curves_phases_and_time_left_in_its_encoding(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(FIGURES))
     drawn = io.BytesIO()
     console = Console(file=io.TextIOWrapper(drawn, encoding), force_terminal=True, width=90, color_system=None)

@@ -48,7 +48,7 @@ class Engine:
         return completion((50, 257), (-0.5, -0.5), text="a reply")
 
 
-def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(chat: Chat) -> None:
+def test_non_finite_reward_breaks_its_episode_and_the_error_names_the_task(chat: Chat) -> None:
     groups = asyncio.run(
         collect(
             TASKS[:1],
@@ -69,7 +69,7 @@ def test_a_reward_that_is_no_number_breaks_its_episode_and_is_named_by_its_task(
     assert groups[0].episodes[0].messages[1].content == "a reply"
 
 
-def test_an_environment_may_wait_again_and_again_and_is_ended_where_it_waits_too_long(chat: Chat) -> None:
+def test_environment_may_wait_repeatedly_and_is_cancelled_after_its_limit(chat: Chat) -> None:
     seen: list[str] = []
 
     class Waiting(Arithmetic):

@@ -79,7 +79,7 @@ ANSWERS = st.lists(st.builds(Message, st.sampled_from(["user", "tool"]), TEXTS),
 
 @settings(max_examples=120, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_conversation_is_what_the_engine_was_given_and_gave_and_each_token_is_trained_once(
+def test_conversation_matches_engine_tokens_and_trains_each_token_once(
     talks: Mapping[str, Talk], data: st.DataObject
 ) -> None:
     talk = talks[data.draw(st.sampled_from(sorted(talks)))]
@@ -122,7 +122,7 @@ def test_replies_and_tool_output_make_one_sample_whatever_its_spacing(talks: Map
     assert talks[name].tokenizer.encode(talks[name].text(sampled), add_special_tokens=False) != sampled
 
 
-def test_thoughts_stay_while_tools_answer_and_a_new_question_begins_a_new_sample(talks: Mapping[str, Talk]) -> None:
+def test_thoughts_stay_during_tool_turns_and_a_user_turn_starts_a_sample(talks: Mapping[str, Talk]) -> None:
     thought = "<think>\nhm\n</think>\n\n"
     call = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
     replies = [thought + call, thought + "it is a", thought + "welcome"]
@@ -136,7 +136,7 @@ def test_thoughts_stay_while_tools_answer_and_a_new_question_begins_a_new_sample
     assert talks["qwen3"].text(engine.asked[1][0]).count("hm") == 1
 
 
-def test_the_reply_itself_decides_where_it_ends_whatever_it_spells_or_the_template_leaves_out(
+def test_reply_ends_by_its_tokens_not_by_its_text_or_the_template(
     talks: Mapping[str, Talk],
 ) -> None:
     answers = [[Message("user", "and?")], [Message("user", "thanks")]]
@@ -148,7 +148,7 @@ def test_the_reply_itself_decides_where_it_ends_whatever_it_spells_or_the_templa
     assert [len(turns) for turns in episode.samples] == [2, 1]
 
 
-def test_a_template_that_takes_thoughts_away_at_once_begins_a_sample_each_turn(talks: Mapping[str, Talk]) -> None:
+def test_template_that_strips_thoughts_at_once_starts_a_sample_each_turn(talks: Mapping[str, Talk]) -> None:
     call = '</think><TOOLCALL>[{"name": "look", "arguments": {}}]</TOOLCALL>'
     answers = [[Message("tool", "a", tool_call_id="call_0", name="look")]] * 2
     opening = Opening(USER, TOOLS)
@@ -175,7 +175,7 @@ def test_calls_between_special_tokens_are_seen_and_the_rest_is_without(
     assert len(episode.samples) == 1
 
 
-def test_a_run_s_template_variables_and_form_of_calls_are_those_that_are_used(tmp_path: Path) -> None:
+def test_run_uses_its_configured_chat_template_variables_and_tool_parser(tmp_path: Path) -> None:
     talk = make_talk(tmp_path, "qwen3")
     template = tmp_path / "own.jinja"
     tools = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"

@@ -52,7 +52,7 @@ def test_nothing_follows_a_reply_that_was_cut_and_its_calls_are_not_made(talk: T
     assert score_metrics("val", [episode])["val:truncated_fraction"] == 1
 
 
-def test_answers_that_leave_no_room_for_a_reply_end_the_episode_and_are_not_in_its_tokens(talk: Talk) -> None:
+def test_overlong_tool_answers_end_the_episode_and_stay_out_of_its_tokens(talk: Talk) -> None:
     engine, environment = Engine(talk, [CALL, "a"], room=400), Scripted(OPENING, [seen("x" * 500)])
     opening = len(talk.chat.prompt(OPENING).ids)
     engine.room += opening
@@ -72,7 +72,7 @@ def test_a_prompt_without_room_is_scored_like_an_empty_reply(talk: Talk) -> None
 
 
 @pytest.mark.parametrize(("engine_seconds", "environment_seconds"), [(0.2, 0.0), (0.0, 0.2)])
-def test_an_episode_that_takes_too_long_ends_with_what_it_has_and_is_judged(
+def test_timed_out_episode_keeps_its_turns_and_is_scored(
     talk: Talk, engine_seconds: float, environment_seconds: float
 ) -> None:
     engine = Engine(talk, [CALL] * 9, seconds=engine_seconds)
@@ -84,7 +84,7 @@ def test_an_episode_that_takes_too_long_ends_with_what_it_has_and_is_judged(
     assert score_metrics("train", [episode])["train:timed_out"] == 1
 
 
-def test_an_environment_that_takes_too_long_over_one_call_is_broken_and_no_timeout_of_the_episode(talk: Talk) -> None:
+def test_slow_call_is_a_broken_environment_and_no_episode_timeout(talk: Talk) -> None:
     environment = Scripted(OPENING, [seen()], seconds=1)
     with pytest.raises(BrokenEnvironment, match="task a task: Scripted: TimeoutError"):
         play(talk, Engine(talk, [CALL] * 2), environment, replace(PLENTY, call_seconds=0.05, episode_seconds=30))
@@ -104,7 +104,7 @@ def test_a_timeout_of_the_engines_is_their_failure(talk: Talk) -> None:
         play(talk, Slow(talk, []), Scripted(OPENING), replace(PLENTY, episode_seconds=30))
 
 
-def test_ten_megabytes_of_output_are_cut_with_a_note_before_anything_is_made_of_them(talk: Talk) -> None:
+def test_ten_megabytes_of_tool_output_are_cut_early_with_a_note(talk: Talk) -> None:
     engine, environment = Engine(talk, [CALL, "a"]), Scripted(OPENING, [seen("é" * 10_000_000)])
     began = time.process_time()
     episode = play(talk, engine, environment)
@@ -115,7 +115,7 @@ def test_ten_megabytes_of_output_are_cut_with_a_note_before_anything_is_made_of_
     assert len(episode.messages[2].content) < 10_100
 
 
-def test_calls_that_cannot_be_made_are_answered_in_their_places_and_counted(talk: Talk) -> None:
+def test_invalid_tool_calls_are_answered_in_order_and_counted(talk: Talk) -> None:
     broken, unknown = CALL.replace("{}", "{"), CALL.replace("look", "delete")
     engine = Engine(talk, [broken + CALL + unknown, broken, "done"])
     environment = Scripted(OPENING, [[Message("tool", "seen", tool_call_id="call_1", name="look")], ()])
@@ -133,7 +133,7 @@ def test_calls_that_cannot_be_made_are_answered_in_their_places_and_counted(talk
     assert episode.finish_reason == "stop"
 
 
-def test_each_turn_draws_numbers_of_its_own_that_follow_from_the_first_ones(talk: Talk) -> None:
+def test_each_turn_has_its_own_seed_derived_from_the_first_seed(talk: Talk) -> None:
     def seeds() -> list[int]:
         engine = Engine(talk, [CALL, CALL, "a"])
         play(talk, engine, Scripted(OPENING, [seen()] * 2))

@@ -85,7 +85,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("parser", get_args(ToolParser))
 @pytest.mark.parametrize(("found", "name", "problem"), MALFORMED, ids=[each[2][:30] for each in MALFORMED])
-def test_a_malformed_call_is_answered_with_what_is_wrong_and_stays_in_the_text(
+def test_malformed_call_is_answered_with_its_error_and_stays_in_the_text(
     parser: ToolParser, found: str, name: str, problem: str
 ) -> None:
     found = found.replace("arguments", "parameters") if parser == "llama3_json" else found
@@ -107,7 +107,7 @@ def test_a_malformed_call_is_answered_with_what_is_wrong_and_stays_in_the_text(
         ] in call.problem
 
 
-def test_one_good_call_among_bad_ones_is_made_and_the_bad_ones_stay_in_the_text() -> None:
+def test_valid_call_among_invalid_ones_runs_and_invalid_ones_stay_as_text() -> None:
     reading = read_calls(f"<tool_call>{{</tool_call>a<tool_call>{LOOK}</tool_call>b", "hermes", KNOWN)
     assert [type(call) for call in reading.calls] == [MalformedCall, ToolCall]
     assert [call.id for call in reading.calls] == ["call_0", "call_1"]

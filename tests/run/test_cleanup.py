@@ -106,7 +106,7 @@ def ray_by_hand(folder: Path) -> Iterator[list[psutil.Process]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_what_a_killed_run_left_is_ended_and_a_live_run_s_and_a_hand_started_ray_are_not(tmp_path: Path) -> None:
+def test_cleanup_ends_a_killed_run_but_spares_live_runs_and_manual_ray(tmp_path: Path) -> None:
     shared = [f"/dev/shm/slurmkit-test-{os.getpid()}-{name}" for name in ("dead", "live")]
     with ExitStack() as stack:
         dead = stack.enter_context(a_run(tmp_path / "dead", "x", shared[0]))
@@ -149,9 +149,7 @@ def test_what_a_killed_run_left_is_ended_and_a_live_run_s_and_a_hand_started_ray
         assert all(map(os.path.exists, [*kept, shared[1]]))
 
 
-def test_a_job_s_processes_are_left_alone_as_long_as_slurm_or_its_shell_knows_it(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_cleanup_keeps_processes_of_jobs_known_to_slurm_or_their_shell(cluster: Cluster, shared_path: Path) -> None:
     """On a node, which has process ids and a /tmp of its own."""
     held = "submit --name held --set sbatch.hold=true -- true"
     slurmkit = shlex.quote(str(SLURMKIT))

@@ -38,9 +38,7 @@ def test_a_run_goes_on_with_other_nodes_time_and_more_steps(here: Path, director
     directory.refuse_other(settled(here, *changed, nodes=4, time="1:00:00"))
 
 
-def test_a_run_that_is_trained_otherwise_is_refused_with_every_key_and_both_values(
-    here: Path, directory: RunDirectory
-) -> None:
+def test_changed_training_settings_are_refused_with_each_key_and_values(here: Path, directory: RunDirectory) -> None:
     other = settled(here, "grpo.seed=7", "policy.from_scratch.hidden_size=64", "grpo.max_num_steps=9")
     with pytest.raises(UserError) as refused:
         directory.refuse_other(other)
@@ -55,9 +53,7 @@ def test_a_training_run_does_not_become_a_command(here: Path, directory: RunDire
         directory.refuse_other(settle(Request(command=("true",), flags={"name": "run"}), here, {}))
 
 
-def test_a_submission_that_fails_leaves_an_earlier_attempt_s_files_as_they_were(
-    here: Path, directory: RunDirectory
-) -> None:
+def test_failed_submission_keeps_the_files_of_an_earlier_attempt(here: Path, directory: RunDirectory) -> None:
     again = RunDirectory(directory.path)
     before = (directory.path / "config.yaml").read_text()
     again.prepare({"job.sbatch": "second", "config.yaml": "x: 1\n", "new": ""})

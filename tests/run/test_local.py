@@ -31,7 +31,7 @@ def wait_for(path: Path, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_a_command_runs_as_typed_with_its_environment_and_its_output_is_kept(here: Path) -> None:
+def test_command_runs_as_typed_with_its_environment_and_output_is_logged(here: Path) -> None:
     (here / "job.yaml").write_text("setup: ['Z=own', 'export X=from-setup']\nenv: {Y: it's}\n")
     done = run(here, "job.yaml", "--name", "hello", "--", "bash", "-c", 'echo "$0|$X|$Y|$Z"', "a 'b' $c\nd")
     assert done.returncode == 0, done.stderr

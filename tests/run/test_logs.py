@@ -85,7 +85,7 @@ def logs(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=NO_SLURM, capture_output=True, text=True, timeout=60)
 
 
-def test_a_file_is_read_by_whole_lines_also_when_it_comes_late_is_replaced_or_is_cut(tmp_path: Path) -> None:
+def test_tail_reads_whole_lines_of_a_late_replaced_or_truncated_file(tmp_path: Path) -> None:
     path = tmp_path / "driver.log"
     tail = Tail(path)
     assert list(tail.read()) == []
@@ -120,7 +120,7 @@ def test_the_last_lines_are_found_from_the_end_of_a_long_file(tmp_path: Path, la
     assert list(tail.rest()) == [unfinished] * bool(unfinished)
 
 
-def test_following_goes_on_with_the_next_attempt_and_ends_with_the_run_s_end_in_words(tmp_path: Path) -> None:
+def test_follow_continues_with_the_next_attempt_and_reports_the_runs_end(tmp_path: Path) -> None:
     run = tmp_path / "t"
     first = make_attempt(run, "12.0", nodes="node[1-2]")
     (run / "run.json").write_text(json.dumps({"identity": {}, "attempts": [{"job_id": "12"}]}))
@@ -162,7 +162,7 @@ def test_following_goes_on_with_the_next_attempt_and_ends_with_the_run_s_end_in_
     assert "attempt 1 (job 12) on node[1-2], attempt 2 (job 14) on node[3-4]" in done.stderr
 
 
-def test_where_the_command_never_started_the_job_s_output_and_the_failed_nodes_logs_are_shown(tmp_path: Path) -> None:
+def test_logs_shows_job_output_and_failed_node_logs_if_no_command_started(tmp_path: Path) -> None:
     run = tmp_path / "t"
     folder = make_attempt(run, "12.0")
     (run / "slurm-12.out").write_text("slurmkit: the command did not finish\n")
@@ -214,7 +214,7 @@ def test_the_terminal_gets_what_is_safe_and_a_pipe_what_was_written(tmp_path: Pa
     assert os.read(ours, 1000) == b"ab\r\n"
 
 
-def test_a_reader_that_leaves_ends_it_quietly_also_while_nothing_is_written(tmp_path: Path) -> None:
+def test_closed_output_pipe_ends_logs_quietly_even_without_new_lines(tmp_path: Path) -> None:
     folder = make_attempt(tmp_path / "t", "12.0")
     (folder / "driver.log").write_text("line\n" * 100_000)
     for options in (["--all"], ["--follow", "-n", "1"]):
@@ -237,9 +237,7 @@ def test_an_interrupt_ends_it_with_130_and_without_a_traceback(tmp_path: Path) -
     assert "Traceback" not in err
 
 
-def test_a_queued_job_is_waited_for_with_the_reason_and_its_log_followed_to_the_end(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_follow_waits_for_a_queued_job_with_its_reason_until_the_end(cluster: Cluster, shared_path: Path) -> None:
     submit = ["submit", "--name", "t", "--set", "sbatch.hold=true", "--set", "ray.num_cpus=1"]
     done = cluster.slurmkit(shared_path, *submit, "--", "bash", "-c", "echo from the command; exit 7")
     assert done.returncode == 0, done.stderr

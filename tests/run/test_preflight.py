@@ -183,7 +183,7 @@ LARGE = ("policy.from_scratch.hidden_size=1024", "policy.from_scratch.num_hidden
          "policy.from_scratch.intermediate_size=640")  # fmt: skip
 
 
-def test_checkpoints_that_will_not_fit_are_refused_and_those_that_are_never_made_do_not_count(
+def test_checkpoints_that_do_not_fit_are_refused_and_unmade_ones_ignored(
     shared_path: Path, file_system: Callable[[str], Path]
 ) -> None:
     flags = {"results_dir": str(file_system("size=4g"))}
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_a_folder_s_model_is_estimated_from_its_weights(
     assert "5 more checkpoints of 12 GB" in said, "a billion parameters in bfloat16"
 
 
-def test_the_parameters_of_a_model_made_from_scratch_are_known_before_it_is_made(tmp_path: Path) -> None:
+def test_parameter_count_of_a_from_scratch_model_is_known_in_advance(tmp_path: Path) -> None:
     from tiny import SIZES, make_tiny_model
 
     folder = make_tiny_model(tmp_path / "model")
@@ -257,7 +257,7 @@ def test_a_model_s_folder_that_would_not_open_is_refused(shared_path: Path, leav
     assert problems(ask(shared_path, *overrides)) == []
 
 
-def test_a_template_of_the_run_s_own_takes_the_place_of_the_model_s_and_must_be_there(shared_path: Path) -> None:
+def test_own_chat_template_replaces_the_models_and_must_exist(shared_path: Path) -> None:
     model_folder(shared_path / "model", leave_out="tokenizer_config.json")
     overrides = ("~policy.from_scratch", "policy.model_name=model", "policy.tokenizer.chat_template=own.jinja")
     (said,) = problems(ask(shared_path, *overrides))

@@ -306,7 +306,7 @@ def state_of(made: Made, slurm: Slurm | None) -> RunState:
     return state
 
 
-def test_figures_come_from_the_last_lines_and_the_time_left_from_the_last_steps(tmp_path: Path) -> None:
+def test_metrics_use_the_last_lines_and_time_left_uses_the_last_steps(tmp_path: Path) -> None:
     made = Made(tmp_path / "run").record("12").start("12.0", 3700).alive("12.0", 1)
     (made.path / "step_2").mkdir()
     (made.path / "step_10").mkdir()
@@ -336,7 +336,7 @@ def test_all_attempts_are_told_in_their_order_with_what_ended_each(tmp_path: Pat
     assert state.as_json()["attempts"][1]["nodes"] == "node[3-4]"
 
 
-def test_slurm_is_asked_once_for_all_runs_and_not_again_for_what_it_has_forgotten(tmp_path: Path) -> None:
+def test_slurm_is_queried_once_for_all_runs_and_not_for_forgotten_jobs(tmp_path: Path) -> None:
     paths = []
     for number in range(100):
         made = Made(tmp_path / f"run{number}").record(str(number)).start(f"{number}.0", 900)
@@ -355,7 +355,7 @@ def test_slurm_is_asked_once_for_all_runs_and_not_again_for_what_it_has_forgotte
     assert slurm.asked == 2, "those that run are not among these"
 
 
-def test_without_an_answer_from_slurm_the_files_tell_and_the_queue_says_why(tmp_path: Path) -> None:
+def test_state_comes_from_the_files_if_slurm_fails_and_queue_has_the_error(tmp_path: Path) -> None:
     class Away(Slurm):
         def jobs(self, *_: object, **__: object) -> tuple[()]:
             raise Failure("squeue gave no answer")

@@ -83,7 +83,7 @@ def test_a_value_is_read_from_the_environment_a_file_or_a_command(here: Path, mo
     assert read({"command": ["printf", "%s", "$HOME; x"]}) == "$HOME; x", "no shell reads it"
 
 
-def test_a_list_of_names_takes_all_from_the_environment_and_both_forms_survive_as_plain_data() -> None:
+def test_secret_names_read_the_environment_and_both_forms_round_trip() -> None:
     data = {"A": "env", "B": {"file": "/x"}, "C": {"command": ["a", "b"]}, "D": {"command": "a b", "env": None}}
     assert of(["A", "B"]) == of({"A": "env", "B": {"env": "B"}})
     plain = Holder(secrets=of(data)).model_dump(mode="json")["secrets"]
@@ -181,7 +181,7 @@ def test_all_that_is_missing_is_named_at_once_and_no_command_asks_then(
         7,
     ],
 )
-def test_a_wrong_source_is_refused_and_a_value_in_its_place_is_not_repeated(data: object) -> None:
+def test_invalid_source_is_refused_and_the_error_omits_the_value(data: object) -> None:
     with pytest.raises(ValidationError) as caught:
         of(data)
     [problem] = caught.value.problems
@@ -293,7 +293,7 @@ def test_an_assignment_in_a_command_or_in_setup_is_refused() -> None:
         (["--set", "umask=777", "--", "true"], "umask: '777' is not octal and 077 at most"),
     ],
 )  # fmt: skip
-def test_a_secret_in_the_wrong_place_ends_the_command_and_nothing_is_written(
+def test_misplaced_secret_fails_the_command_and_nothing_is_written(
     here: Path, arguments: list[str], message: str
 ) -> None:
     (here / "t.yaml").write_text("env: {name: arithmetic}\npolicy: {from_scratch: {}}\n")

@@ -67,7 +67,7 @@ def variables(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("runtime", ["none", "podman", "pyxis"])
-def test_a_shell_is_where_the_command_is_with_its_environment_and_its_ray_and_ends_with_its_own_code(
+def test_attach_shell_shares_the_commands_env_and_ray_and_keeps_its_code(
     machines: Machines, place: Path, runtime: str
 ) -> None:
     nodes = ["node1", "node2"] if runtime == "podman" else ["node1"]  # a second node takes seconds

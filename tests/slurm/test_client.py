@@ -186,7 +186,7 @@ def test_a_job_is_held_and_released(client: SlurmClient, submit: Callable[..., s
     until(lambda: job_of(client, held).state == "COMPLETED")
 
 
-def test_a_signal_reaches_the_batch_script_and_is_a_failure_where_none_runs(
+def test_signal_reaches_the_batch_script_and_fails_if_none_runs(
     client: SlurmClient, submit: Callable[..., str], folder: Path
 ) -> None:
     ready = folder / "ready"
@@ -201,7 +201,7 @@ def test_a_signal_reaches_the_batch_script_and_is_a_failure_where_none_runs(
             client.signal(one, "USR2")
 
 
-def test_to_cancel_what_has_ended_is_no_error_and_what_slurm_refuses_is_one(
+def test_cancelling_an_ended_job_is_no_error_but_a_slurm_refusal_is(
     client: SlurmClient, submit: Callable[..., str]
 ) -> None:
     job_id = submit("true")
@@ -225,7 +225,7 @@ def test_a_requeued_job_waits_again_and_counts_it(client: SlurmClient, submit: C
     client.cancel(job_id)
 
 
-def test_tasks_of_a_job_array_are_found_and_controlled_one_by_one_and_all_together(
+def test_array_tasks_are_found_and_controlled_singly_and_together(
     client: SlurmClient, submit: Callable[..., str]
 ) -> None:
     # Task 0 is not "no task"; and what waits is one row.
@@ -249,7 +249,7 @@ def test_tasks_of_a_job_array_are_found_and_controlled_one_by_one_and_all_togeth
     until(lambda: {job.job_id for job in client.accounting([array])} >= set(jobs) - {f"{array}_[4-5]"})
 
 
-def test_name_and_comment_are_told_as_they_are_and_are_taken_for_nothing_else(
+def test_hostile_name_and_comment_are_returned_unchanged(
     client: SlurmClient, slurm: Callable[..., str], folder: Path
 ) -> None:
     script = ["--hold", "-o", "/dev/null", "--wrap", "true"]

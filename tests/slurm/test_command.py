@@ -149,7 +149,7 @@ def test_time_limits_are_minutes(text: str, minutes: int | None) -> None:
     assert parse.minutes(text) == minutes
 
 
-def test_without_accounting_a_job_that_the_controller_forgot_is_unknown_and_no_error(
+def test_forgotten_job_without_accounting_is_unknown_and_no_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with development_cluster(f"plain{os.getpid()}", "--nodes", "1", "--no-accounting") as cluster:

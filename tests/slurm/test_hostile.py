@@ -75,9 +75,7 @@ def submit_held(cluster: Cluster, path: Path) -> str:
     return done.stdout.strip()
 
 
-def test_name_comment_and_working_directory_are_stored_byte_for_byte_or_refused_before_submission(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_name_comment_and_workdir_are_stored_exactly_or_refused_early(cluster: Cluster, shared_path: Path) -> None:
     def send(numbered: tuple[int, str]) -> tuple[str, dict[str, str]]:
         index, value = numbered
         wanted = {"name": value, "comment": value, "workdir": f"{shared_path}/{index}/{value}"}
@@ -106,9 +104,7 @@ def batches(values: list[str], size: int) -> Iterator[list[str]]:
         yield values[start : start + size]
 
 
-def test_environment_and_command_reach_the_process_byte_for_byte_or_are_refused_before_submission(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_env_and_command_reach_the_process_exactly_or_are_refused_early(cluster: Cluster, shared_path: Path) -> None:
     values = hostile_values()
     accepted = [value for value in values if is_accepted(shared_path, "command", ["x", value])]
     assert accepted == [value for value in values if "\0" not in value]
@@ -135,9 +131,7 @@ for ((i = 0; i < $#; i++)); do name=V$i; printf '%s\\0' "${!name}"; done >enviro
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer", "podman"])
-def test_mounts_image_and_working_directory_reach_a_container_runtime_byte_for_byte_or_are_refused(
-    tmp_path: Path, runtime: str
-) -> None:
+def test_container_mounts_image_and_workdir_arrive_exactly_or_are_refused(tmp_path: Path, runtime: str) -> None:
     """The rendered lines that make the words of the runtime's command line, run by bash."""
     words, lines = [], ["set -euo pipefail"]
     for value in hostile_values():

@@ -84,7 +84,7 @@ def children() -> list[psutil.Process]:
         ("x = 1", "has no attribute '__version__'"),
     ],
 )
-def test_a_pyslurm_that_cannot_be_imported_costs_one_line_and_the_commands_answer(
+def test_failed_pyslurm_import_logs_one_line_and_falls_back_to_commands(
     stand_in: Callable[..., Path],
     source: str,
     reason: str,
@@ -117,7 +117,7 @@ def test_a_pyslurm_that_cannot_be_imported_costs_one_line_and_the_commands_answe
         ("return {'fake': type('N', (Node,), {'total_cpus': 8, 'real_memory': None})}", "int() argument must be"),
     ],
 )
-def test_a_pyslurm_that_fails_at_a_call_costs_one_line_and_the_commands_answer(
+def test_failed_pyslurm_call_logs_one_line_and_falls_back_to_commands(
     stand_in: Callable[..., Path],
     load: str,
     reason: str,
@@ -135,7 +135,7 @@ def test_a_pyslurm_that_fails_at_a_call_costs_one_line_and_the_commands_answer(
     assert children() == []
 
 
-def test_pyslurm_answers_from_one_child_whose_output_and_refusals_harm_nothing(
+def test_pyslurm_runs_in_one_child_and_survives_its_output_and_refusals(
     stand_in: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     log = stand_in(HEALTHY)
@@ -176,7 +176,7 @@ def test_after_an_interrupted_call_the_next_gets_its_own_answer(
     assert capfd.readouterr().err == ""
 
 
-def test_a_missing_interpreter_and_a_choice_of_cluster_are_reasons_for_the_commands(
+def test_missing_interpreter_or_cluster_choice_falls_back_to_commands(
     stand_in: Callable[..., Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(HEALTHY)

@@ -10,9 +10,7 @@ import pytest
 from conftest import Cluster
 
 
-def test_a_file_drafted_from_the_cluster_passes_lint_and_keeps_the_cluster_s_limits(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_drafted_site_file_passes_lint_and_keeps_the_cluster_limits(cluster: Cluster, shared_path: Path) -> None:
     site = shared_path / "site.yaml"
     drafted = cluster.slurmkit(shared_path, "site", "init", "--out", site)
     assert drafted.returncode == 0, drafted.stderr

@@ -81,9 +81,7 @@ def test_the_command_starts_when_every_node_and_gpu_is_registered(
         assert left_on(cluster, node, job_id_of(done.stdout)) == []
 
 
-def test_every_character_of_a_command_arrives_as_typed_and_so_do_environment_and_comment(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_command_environment_and_comment_arrive_exactly_as_typed(cluster: Cluster, shared_path: Path) -> None:
     values = [f"--env=V{index}={value}" for index, value in enumerate(HOSTILE)]
     # The end looks like what scontrol prints of a job's state, and must not be taken for it.
     comment = 'it\'s "50%" \\ $HOME # `id` é JobState=FAILED ExitCode=9:0 NodeList=x'
@@ -98,9 +96,7 @@ def test_every_character_of_a_command_arrives_as_typed_and_so_do_environment_and
     assert f"Comment={comment} " in cluster.ask("scontrol", "-o", "show", "job", job_id_of(done.stdout))
 
 
-def test_the_job_s_exit_code_is_the_driver_s_and_the_end_of_its_log_is_in_the_job_s_output(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_job_has_the_drivers_exit_code_and_its_output_has_the_log_tail(cluster: Cluster, shared_path: Path) -> None:
     done = cluster.slurmkit(shared_path, "submit", "--wait", "-N", "2", "--", "bash", "-c", "echo the reason; exit 7")
     assert done.returncode == 7
     job_id = job_id_of(done.stdout)
@@ -134,9 +130,7 @@ def test_wandb_s_process_of_whoever_submits_is_not_the_job_s(cluster: Cluster, s
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_slurm_stores_is_what_render_prints_and_what_the_run_directory_holds(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_slurm_stores_the_same_script_as_render_and_the_run_dir(cluster: Cluster, shared_path: Path) -> None:
     job = ["-N", "2", "--name", "same", "--comment", "é", "--", "true"]
     rendered = cluster.slurmkit(shared_path, "render", *job).stdout
     submitted = cluster.slurmkit(shared_path, "submit", *job)
@@ -145,9 +139,7 @@ def test_what_slurm_stores_is_what_render_prints_and_what_the_run_directory_hold
     assert rendered == stored == (shared_path / "results/same/job.sbatch").read_text()
 
 
-def test_a_script_that_slurm_stored_differently_is_an_error_and_the_job_is_cancelled(
-    cluster: Cluster, shared_path: Path
-) -> None:
+def test_script_changed_by_slurm_is_an_error_and_the_job_is_cancelled(cluster: Cluster, shared_path: Path) -> None:
     # A site's submission filter may rewrite a script; an sbatch that does so stands in for one.
     (shared_path / "bin").mkdir()
     sbatch = shared_path / "bin/sbatch"

@@ -58,9 +58,7 @@ def recorded(folder: Path, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("end", [LOST, "kill -9 $$", "echo nonsense; exit"], ids=["error", "killed", "nonsense"])
-def test_a_job_whose_answer_was_lost_is_found_in_the_queue_and_not_submitted_again(
-    own: Cluster, shared_path: Path, end: str
-) -> None:
+def test_job_with_a_lost_submit_reply_is_found_and_not_resubmitted(own: Cluster, shared_path: Path, end: str) -> None:
     hold = ["submit", "--name", "lost", "--set", "sbatch.hold=true"]
     first = own.slurmkit(shared_path, *hold, "--name", "other", "--", "true")
     assert first.returncode == 0, first.stderr
@@ -74,9 +72,7 @@ def test_a_job_whose_answer_was_lost_is_found_in_the_queue_and_not_submitted_aga
     own.ask("scancel", job, *recorded(shared_path, "other"))
 
 
-def test_an_earlier_job_of_the_run_is_not_taken_for_the_one_whose_answer_was_lost(
-    own: Cluster, shared_path: Path
-) -> None:
+def test_earlier_job_is_not_mistaken_for_one_with_a_lost_submit_reply(own: Cluster, shared_path: Path) -> None:
     job = ["submit", "--name", "again", "--set", "ray.num_cpus=1"]
     assert own.slurmkit(shared_path, *job, "--wait", "--", "true").returncode == 0
     held = own.slurmkit(shared_path, *job, "--set", "sbatch.hold=true", "--", "true", **lossy(own, shared_path, LOST))

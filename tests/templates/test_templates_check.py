@@ -99,7 +99,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
 
 
 @pytest.mark.parametrize(("name", "block", "what", "spec"), SAID)
-def test_an_override_that_makes_jobs_unsafe_is_caught_with_file_block_and_spec(
+def test_check_reports_an_unsafe_override_with_file_block_and_spec(
     name: str, block: str | None, what: str, spec: str, checked: dict[str, tuple[Path, int, str]]
 ) -> None:
     folder, code, output = checked[name]
@@ -137,7 +137,7 @@ def test_a_missing_shellcheck_is_said_and_bash_still_reads_the_scripts(tmp_path:
     assert shellcheck() is not None
 
 
-def test_a_traced_rendering_is_the_rendering_and_knows_where_each_line_comes_from(tmp_path: Path) -> None:
+def test_traced_render_equals_render_and_maps_each_line_to_its_origin(tmp_path: Path) -> None:
     (tmp_path / JOB).write_text(blocks(environment="# mine\n{{ super() }}\n# mine too")[JOB])
     minimal = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
     spec = JobSpec.model_validate(minimal)

@@ -57,7 +57,7 @@ def test_list_names_each_template_its_file_and_what_it_overrides(below: Path) ->
     assert str(project) not in without
 
 
-def test_show_prints_the_source_in_force_and_the_packaged_one_by_its_prefix(below: Path) -> None:
+def test_show_prints_the_active_source_and_with_a_prefix_the_packaged_one(below: Path) -> None:
     assert templates(below, "show", "job.sbatch.j2").stdout == SITE
     assert templates(below, "show", "slurmkit/job.sbatch.j2").stdout == (PACKAGED / "job.sbatch.j2").read_text()
     wrong = templates(below, "show", "job.j2")
@@ -65,7 +65,7 @@ def test_show_prints_the_source_in_force_and_the_packaged_one_by_its_prefix(belo
     assert wrong.stderr == "error: there is no template 'job.j2'; the nearest is job.sbatch.j2\n"
 
 
-def test_diff_shows_the_blocks_that_an_override_changes_and_whole_files_else(below: Path) -> None:
+def test_diff_shows_overridden_blocks_and_otherwise_whole_files(below: Path) -> None:
     done = templates(below, "diff", "--profile", "mine")
     site = below.parent.parent / "etc/templates"
     assert done.stdout.splitlines() == [
