@@ -165,7 +165,8 @@ _VICTIMS = {
 def schedule(seed: int, within: float = 25.0) -> Iterator[Fault]:
     """Yield faults without end, all kinds equally often, at most `within` seconds after a saved step.
 
-    One in four falls into a bring-up, but never two in a row: a run that gets nowhere three times gives up.
+    One in four falls into a bring-up, but never two in a row: a run that gets nowhere three times gives up. `seed` and
+    `within` alone decide the faults.
     """
     rng = random.Random(f"faults {seed}")
     after = "step"

@@ -65,17 +65,7 @@ def slurmkit_seconds(nodes: int, here: Path) -> tuple[float, float, int]:
     """Return bring-up, from the batch script's first action on disk to the driver's; teardown, from the driver's end to
     the script's last action; and the number of Ray's nodes."""
     name = f"bench-{nodes}-{time.monotonic_ns()}"
-    command: list[str | Path] = [
-        SLURMKIT,
-        "submit",
-        "--wait",
-        "-N",
-        str(nodes),
-        "--set",
-        "ray.num_cpus=1",
-        "--name",
-        name,
-    ]
+    command = [str(SLURMKIT), "submit", "--wait", "-N", str(nodes), "--set", "ray.num_cpus=1", "--name", name]
     command += ["--set", "ray.object_store_memory=100000000"]
     driver = f"date +%s.%N; {shlex.join([sys.executable, '-c', COUNT])}; date +%s.%N"
     done = subprocess.run([*command, "--", "bash", "-c", driver], cwd=here, capture_output=True, text=True)

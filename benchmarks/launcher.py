@@ -184,17 +184,8 @@ def requests(slurmkit: Path, nodes: int, here: Path) -> dict[str, int]:
     keys = [f"python={sys.executable}", "ray.num_cpus=1", "ray.object_store_memory=100000000"]
     options = [word for key in keys for word in ("--set", key)]
     subprocess.run(["sdiag", "--reset"], check=True, stdout=subprocess.DEVNULL)
-    command: list[str | Path] = [
-        slurmkit,
-        "submit",
-        f"--nodes={nodes}",
-        "--partition=batch",
-        f"--name={name}",
-        *options,
-        "--",
-        "true",
-    ]
-    done = subprocess.run(command, cwd=here, check=True, capture_output=True, text=True)
+    command = [str(slurmkit), "submit", f"--nodes={nodes}", "--partition=batch", f"--name={name}", *options]
+    done = subprocess.run([*command, "--", "true"], cwd=here, check=True, capture_output=True, text=True)
     job_id = done.stdout.split()[1]
     deadline = time.monotonic() + 300
     # Accounting has a daemon of its own: asking it is no request to the controller.

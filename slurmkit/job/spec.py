@@ -235,13 +235,16 @@ class JobSpec(Section):
     def _container_sees_the_job(self) -> JobSpec:
         if self.container.runtime != "none":
             self.container.binds(self.run_dir, self.workdir)
-        if self.container.runtime == "apptainer":
-            for name, value in self.env.items():
-                if "\r\n" in value:
-                    raise ValueError(
-                        f"env.{name} ({value!r}) has a carriage return before a line break, which apptainer removes: "
-                        "leave it out, or read the value from a file"
-                    )
+        return self
+
+    @model_validator(mode="after")
+    def _container_keeps_the_values(self) -> JobSpec:
+        for name, value in self.env.items():
+            if self.container.runtime == "apptainer" and "\r\n" in value:
+                raise ValueError(
+                    f"env.{name} ({value!r}) has a carriage return before a line break, which apptainer removes: "
+                    "leave it out, or read the value from a file"
+                )
         return self
 
     def directives(self) -> Iterator[tuple[str, str | None]]:

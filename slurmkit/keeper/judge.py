@@ -3,11 +3,14 @@
 import os
 import re
 import signal
+from contextlib import suppress
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from slurmkit.keeper.meeting import CANCELLED, INTERRUPTED, NODES_FAILED, Meeting, ask
 
 NODE_IS_DOWN = "Slurm ends it, as a node is down"
+# Characters that are read of a job's output.
+_LOG_LIMIT = 100_000
 # Facts named failed.X that are not about a node X.
 _NO_NODES = ("slurm", "step", "watchdog")
 # Lines of the job's output that do not say why a step failed: slurmkit's, and srun's and spank's about the others.
@@ -169,22 +172,18 @@ def last_lines(path: str, count: int) -> List[str]:
 
 
 def lines_after(path: str, mark: str) -> List[str]:
-    """Return the lines of a log after the last one that ends with `mark`, at most some 100 KB.
+    """Return the lines of a log after the last one that ends with `mark`: at most _LOG_LIMIT characters.
 
-    Empty if the log has no such line, or is no file but a pipe.
+    Empty if the log has no such line, or is a pipe.
     """
-    try:
-        if not os.path.isfile(path):
-            return []
-        lines: List[str] = []
-        is_after, size = False, 0
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.rstrip("\n").endswith(mark):
-                    lines, is_after, size = [], True, 0
-                elif is_after and size < 100_000:
-                    lines.append(line.rstrip("\n"))
-                    size += len(line)
-        return lines
-    except OSError:
+    if not os.path.isfile(path):
         return []
+    text = ""
+    is_after = False
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in iter(lambda: file.readline(_LOG_LIMIT), ""):
+            if line.rstrip("\n").endswith(mark):
+                text, is_after = "", True
+            elif is_after and len(text) < _LOG_LIMIT:
+                text = (text + line)[:_LOG_LIMIT]
+    return text.splitlines()

@@ -32,8 +32,8 @@ _NO_ANSWER = (
     *("Unable to contact", "Connection refused", "Connection reset", "timed out", "standby mode", "Zero Bytes were"),
     *("ommunication connection failure", "essage send failure", "essage receive failure", "Transport endpoint is not"),
 )
-# What sbatch --test-only says: when, and as far as its release names them, on which nodes and in which partition.
-_STARTS = r"to start at (\d\S+)(?: using \d+ processors?)?(?: on (?:nodes? )?(\S+))?(?: in partition (\S+))?"
+# Output of sbatch --test-only. Not every release names the nodes and the partition.
+_ESTIMATE = r"to start at (\d\S+)(?: using \d+ processors?)?(?: on (?:nodes? )?(\S+))?(?: in partition (\S+))?"
 _NO_SLURM = ("configuration source", "configuration file")
 
 
@@ -114,7 +114,7 @@ class CommandClient:
                 raise
             raise UserError(str(error).replace("sbatch failed", "Slurm would refuse this job: sbatch failed")) from None
         said = _decoded(done.stderr)
-        found = re.search(_STARTS, said)
+        found = re.search(_ESTIMATE, said)
         return Estimate(found[1], found[2] or "", found[3] or "") if found else Estimate(None, "", "")
 
     def submit(self, script: Path, environment: Mapping[str, str] = MappingProxyType({})) -> str:

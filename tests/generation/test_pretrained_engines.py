@@ -97,16 +97,17 @@ def test_greedy_replies_equal_those_of_transformers(
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Number of torch's threads, by which its kernels round differently."""
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run with so many threads of torch, whose number changes how kernels round."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
+    yield
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_policy_s_logprobs_of_packed_chats_equal_those_of_transformers(
-    model_path: Path, reference: Any, prompts: list[tuple[int, ...]], threads: int
+    model_path: Path, reference: Any, prompts: list[tuple[int, ...]]
 ) -> None:
     model = PolicyModel(whole_model(model_path, trust_remote_code=False))
     assert model.packs

@@ -8,6 +8,7 @@ from pathlib import Path
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
 
+SPEC = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
 # As sk_node_main sets them.
 NODE = """set -euo pipefail
 sk_raylet='' sk_gcs='' sk_node_ip=10.0.0.2 sk_gpus=0 sk_cpus=1
@@ -17,8 +18,7 @@ sk_publish() { :; }
 
 
 def run(meet: Path, functions: str, call: str) -> str:
-    spec = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
-    text = render(JobSpec.model_validate(spec))
+    text = render(JobSpec.model_validate(SPEC))
     bring_up = text[text.index("# ---- Ray on every node") : text.index("# ---- one job step")]
     environ = {"SK_MEET": str(meet), "SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURMD_NODENAME": "node2"}
     done = subprocess.run(
@@ -41,8 +41,7 @@ def test_a_signal_that_cannot_be_passed_on_does_not_fail_the_node(tmp_path: Path
 
 
 def test_two_shells_of_a_node_can_publish_the_same_fact_at_once(tmp_path: Path) -> None:
-    spec = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
-    text = render(JobSpec.model_validate(spec))
+    text = render(JobSpec.model_validate(SPEC))
     functions = text[text.index("sk_reserve()") : text.index('mkdir -p "$SK_MEET"')]
     call = "sk_reserve fact; for try in {1..300}; do sk_publish fact ended 0 || echo failed; done"
     environ = {"PATH": "/usr/bin:/bin", "SK_MEET": str(tmp_path), "SLURMD_NODENAME": "node1"}
