@@ -98,5 +98,6 @@ def _time(minutes: int) -> str:
 
 def _text(value: str) -> str:
     """Return the text as a YAML scalar, quoted if YAML 1.2 would read the plain form as something else."""
-    is_plain = re.fullmatch(r"\w[\w.:/+-]*", value) is not None and parse_value(value) == value
+    # A final colon makes a key.
+    is_plain = re.fullmatch(r"\w([\w.:/+-]*[\w./+-])?", value) is not None and parse_value(value) == value
     return value if is_plain else json.dumps(value)

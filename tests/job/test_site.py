@@ -243,7 +243,7 @@ GRES = st.builds(Gres, st.sampled_from(["gpu", "shard", "nic"]), TYPES, st.integ
 WORD = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"], exclude_characters=",'"), min_size=1)
 PARTITIONS = st.builds(
     Partition,
-    WORD | st.sampled_from(["1", "1:30", "null", "yes", "gpu:8", "1e3"]),
+    WORD | st.sampled_from(["1", "1:30", "null", "yes", "gpu:8", "1e3", "0:"]),
     st.booleans(),
     st.just("UP"),
     st.integers(0, 9),
