@@ -113,7 +113,7 @@ def job_options(slurm: bool) -> Callable[[Function], Function]:
 
 
 def request_from(context: click.Context, words: tuple[str, ...], options: dict[str, Any]) -> Request:
-    """What was asked for, before anything is read."""
+    """Return the request of a command line. Reads no file."""
     run_files = [word for word in words if "=" not in word and not word.startswith("~")]
     if len(run_files) > 1:
         raise UserError(f"one run file at most, not {' and '.join(run_files)}; a command goes after --")

@@ -123,7 +123,7 @@ class PolicyModel(torch.nn.Module):
 
     @torch.no_grad()
     def _try_out(self) -> bool:
-        """Whether packed sequences give what the model itself gives for each alone. UserError where nothing does."""
+        """Return True if packed sequences get the logprobs that the model gives each alone; UserError if none do."""
         name = type(self._causal_lm).__name__
         head = self._causal_lm.get_output_embeddings()
         if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
@@ -191,7 +191,7 @@ def _logits_form(config: Any) -> LogitsForm:
 
 
 def _why_not_packed(model: Any) -> str | None:
-    """What in the model's class forbids it, None if nothing does."""
+    """Return what in the model's class forbids packing, None if nothing does."""
     if not (model._supports_attention_backend and model._supports_flash_attn):
         return "its attention cannot be replaced"
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS

@@ -30,7 +30,7 @@ _DERIVED = ("total_gpus", "gpu_hours")
 
 
 class Limit(Section):
-    """What a key's value may be. Times, sizes and GPU counts are compared as what they are."""
+    """Bounds of a key's value. Times, sizes and GPU counts are compared as quantities, not as text."""
 
     min: int | float | str | None = None
     """At least this."""
@@ -56,7 +56,7 @@ class Rules(Section):
 
 
 class Forbid(Section):
-    """What no job may bring."""
+    """Variables and mounts that no job may set."""
 
     env: Names = ()
     """Names of environment variables, with * and ?."""
@@ -65,7 +65,7 @@ class Forbid(Section):
 
 
 class Add(Section):
-    """What every job gets."""
+    """Settings that every job gets."""
 
     env: dict[str, Word] = {}
     """Environment variables; a job cannot set them otherwise."""
@@ -78,7 +78,7 @@ class Add(Section):
 
 
 class Price(Section):
-    """What a job costs, for `slurmkit usage`."""
+    """Prices for `slurmkit usage`."""
 
     per_gpu_hour: Annotated[float, Field(ge=0)] = 0.0
     """For each GPU that a job has."""
@@ -247,7 +247,7 @@ def read_site(path: Path) -> Site:
 
 @lru_cache(maxsize=8)
 def _checked(path: Path, folder: Path, text: str) -> Site:
-    """Once for all jobs of a sweep; `text` is what the file holds."""
+    """Return the site of a file whose text is `text`. Cached, as all jobs of a sweep need it."""
     source = parse_yaml(path, text)
     rules = validate(SiteFile, source)
     for data in [rules.defaults, *(part.defaults for part in rules.partitions.values()), *rules.profiles.values()]:
@@ -272,7 +272,7 @@ def _below(source: Source, prefix: Key) -> Source:
 
 
 def _problems(site: Site) -> Iterator[str]:
-    """What is wrong with a site's file beyond its shape."""
+    """Yield the problems of a site's file that its schema does not find."""
     keys = [*known_keys(JobSpec), *(key for key in EXTRA_KEYS if key != "profiles")]
     maps = tuple(f"{key}." for key in ("env", "sbatch", "secrets"))
     for partition in (None, *site.rules.partitions):

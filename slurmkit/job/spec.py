@@ -68,7 +68,7 @@ SrunOption = Annotated[OptionWord, AfterValidator(_srun_option)]
 
 
 class RayOptions(Section):
-    """How Ray is brought up on each node."""
+    """Settings of Ray's bring-up on each node."""
 
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     """CPUs that each node registers; by default those that Slurm allocated there."""
@@ -81,7 +81,7 @@ class RayOptions(Section):
 
 
 class UntilDone(Section):
-    """Whether a run goes on in a follow-up job after a time limit, a preemption or a failed node, and how often."""
+    """Settings of follow-up jobs, which resume a run after a time limit, a preemption or a failed node."""
 
     enabled: bool = False
     """Queue a follow-up when the job starts; it goes on where the job ends before the run is complete."""
@@ -269,14 +269,14 @@ class JobSpec(Section):
 
     @property
     def default_signal(self) -> str | None:
-        """What Slurm sends before the time limit where the job names no signal: in time to save, and go on."""
+        """The --signal of a job that names none, early enough before the time limit to save; None if it needs none."""
         if not self.until_done.enabled or self.time is None or not minutes_of(self.time):
             return None
         return f"B:USR2@{max(1, min(300, int(minutes_of(self.time) * 15)))}"
 
     @property
     def keeper_flags(self) -> list[str]:
-        """What slurmkit/keeper.py is told of this job."""
+        """Flags of this job for the keeper."""
         flags = {
             "until-done": self.until_done.enabled,
             "max-attempts": self.until_done.enabled and self.until_done.max_attempts,
@@ -299,7 +299,7 @@ class JobSpec(Section):
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether the job asks for GPUs or parts of them, in whatever form."""
+        """True if the job asks for GPUs or shares of GPUs, by any option."""
         raw = any(option.startswith("gpus") for option in self.sbatch)
         return self.total_gpus > 0 or re.search(r"\b(shard|mps)\b", self.gres or "") is not None or raw
 

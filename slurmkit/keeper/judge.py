@@ -1,4 +1,4 @@
-"""What ended an attempt, from what its nodes left behind and from Slurm's word."""
+"""Verdict on an attempt: why it ended, from the files of its nodes and from Slurm."""
 
 import os
 import re
@@ -21,7 +21,7 @@ _NOISE = re.compile(
 
 
 def may_go_on(code: int) -> bool:
-    """Whether the same may well work the next time: nodes failed, it saved and left, or a signal killed it."""
+    """Return True if another attempt may work: nodes failed, the command saved and left, or a signal killed it."""
     return code in (NODES_FAILED, INTERRUPTED) or code > 128
 
 
@@ -40,7 +40,7 @@ def why_slurm_ends_it(state: str, reason: str, preempted: str) -> Tuple[str, boo
 
 
 class Verdict(NamedTuple):
-    """What ended an attempt."""
+    """Verdict on why an attempt ended."""
 
     code: int
     reason: str
@@ -125,7 +125,7 @@ def _nodes_failed(
 
 
 def _alike(meeting: Meeting, failed: Dict[str, str]) -> List[Tuple[str, str]]:
-    """What has failed on all nodes, each message once: it is no fault of theirs."""
+    """Return the messages of a failure on all nodes, each once. It blames no node."""
     texts: Dict[str, str] = {}
     for name, text in failed.items():
         texts.setdefault(text + _end_of(meeting, name), name)

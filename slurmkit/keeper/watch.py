@@ -1,4 +1,4 @@
-"""Beside the batch script: the whole job, from its first node."""
+"""The keeper's part on the first node, which watches the whole job."""
 
 import os
 import signal
@@ -71,7 +71,7 @@ class Watch:
         self._is_over = True
 
     def look(self) -> None:
-        """Once at everything."""
+        """Check signals, signs of life, progress and the step once."""
         if self._meeting.has("signal.TERM"):
             self._ask_slurm()
         if time.monotonic() >= self._looked + BEAT:
@@ -118,7 +118,7 @@ class Watch:
         self._meeting.publish("failed.watchdog", f"{text}; see {self._meeting.folder}/stacks-*")
 
     def _ask_slurm(self) -> None:
-        """Why it ends this job, and whether the command may save first."""
+        """Ask Slurm why it ends this job, and let the command save first if it may."""
         # The batch script writes a text.
         is_step_s = self._meeting.text("signal.TERM") == "" and not self._meeting.has("started")
         with suppress(OSError):

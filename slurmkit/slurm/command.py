@@ -81,7 +81,7 @@ def release() -> tuple[int, int]:
 
 
 def has_pyxis() -> bool:
-    """Whether srun has pyxis's options here."""
+    """Return True if srun has pyxis's options here."""
     return b"--container-image" in _run("srun", "--help").stdout
 
 
