@@ -14,6 +14,8 @@ from slurmkit.keeper.stand_in import StandIn
 
 # Seconds for which a command may end by itself after Ray has lost a node.
 GRACE = 5.0
+# Seconds for which processes may write their stacks, after which they end: less than the first node waits for them.
+DUMP = 15.0
 
 
 class Node:
@@ -154,7 +156,9 @@ class Node:
         sizes = {pid: size_of(where) for pid, where in pythons.items()}
         _signal_all(pythons, signal.SIGABRT)
         _signal_all(pythons, signal.SIGCONT)
-        time.sleep(2.0)
+        deadline = time.monotonic() + DUMP
+        while any(map(_is_running, pythons)) and time.monotonic() < deadline:
+            time.sleep(0.2)
         for pid, where in pythons.items():
             with suppress(OSError):  # the log is deleted, or a full file system takes some of them
                 with open(where, "rb") as log:
@@ -178,6 +182,11 @@ def _processes() -> Iterator[Tuple[int, str]]:
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # it has ended, or is somebody else's
             yield int(name), os.readlink(f"/proc/{name}/fd/2")
+
+
+def _is_running(pid: int) -> bool:
+    """Whether the process has not ended; one that waits for its parent has."""
+    return text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1] not in ([], ["Z"], ["X"])
 
 
 def _is_python(pid: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -289,6 +291,21 @@ def test_a_process_whose_log_is_deleted_does_not_end_its_node(
     monkeypatch.setattr(node.time, "sleep", lambda _: None)
     part.write_stacks()
     assert meeting.has("stacks.1")
+
+
+def test_a_process_that_writes_its_stacks_slowly_is_waited_for(meeting: Meeting, part: Node) -> None:
+    program = (
+        "import os, signal, sys, time\n"
+        "def slowly(*_):\n    time.sleep(2.5)\n    os.write(2, b'in a function')\n    os._exit(1)\n"
+        "signal.signal(signal.SIGABRT, slowly)\nprint('up', flush=True)\ntime.sleep(60)\n"
+    )
+    with Path(meeting.folder, "driver.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=log)
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        part.write_stacks()
+    assert Path(meeting.folder, f"stacks-node2-{process.pid}.txt").read_text() == "in a function\n"
 
 
 def test_an_array_s_tasks_are_recorded_as_such(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
