@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from parts import SLURMKIT
+
+from tests.support.requirements import SLURMKIT
 
 # Each waits for a child, in the place of which `sleep` runs.
 PARENTS = {

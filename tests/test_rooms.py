@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY
+
+from tests.support.requirements import REPOSITORY
 
 PACKAGE = REPOSITORY / "slurmkit"
 HEAVY = {"torch", "ray", "vllm", "transformers", "wandb", "datasets", "pyarrow"}

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
 
 from slurmkit.config.load import load_config
 from slurmkit.errors import UserError
 from slurmkit.job.render import digest_of_templates, environment_for, render
 from slurmkit.job.settle import Request, settle
+from tests.support.cluster import Cluster
 
 # What no command of the login node loads, and what only some need.
 HEAVY = {"pydantic", "torch", "ray", "vllm", "transformers", "wandb", "pyslurm", "numpy", "matplotlib"}

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_git import commit, make_project, slurmkit
 
 from slurmkit import __version__
 from slurmkit.job import audit, check, render
+from tests.support.git_project import commit, make_project, slurmkit
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from in_git import commit, git, make_project, slurmkit
-from parts import REPOSITORY
 
 from slurmkit.config.validate import shown
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, settle
 from slurmkit.run.committed import few, read_committed
+from tests.support.git_project import commit, git, make_project, slurmkit
+from tests.support.requirements import REPOSITORY
 
 FILE = Path("jobs/x.sbatch")
 EXAMPLE = REPOSITORY / "examples/grpo_arithmetic.yaml"

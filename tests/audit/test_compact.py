@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import HOSTILE
 
 from slurmkit.config.compact import compact_yaml
 from slurmkit.config.yaml12 import parse_value
+from tests.support.requirements import HOSTILE
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(
     [

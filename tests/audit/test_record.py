@@ -10,11 +10,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from in_git import commit, git, make_project, slurmkit
-from parts import REPOSITORY, SLURMKIT
 
 from slurmkit.errors import Failure
 from slurmkit.run.directory import write_together
+from tests.support.git_project import commit, git, make_project, slurmkit
+from tests.support.requirements import REPOSITORY, SLURMKIT
 
 EXAMPLE = REPOSITORY / "examples/grpo_arithmetic.yaml"
 

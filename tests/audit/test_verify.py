@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
-from in_git import Done, commit, git, make_project, slurmkit
+
+from tests.support.cluster import Cluster, wait_until
+from tests.support.git_project import Done, commit, git, make_project, slurmkit
 
 FILE = Path("jobs/x.sbatch")
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
 
 
 def state_of(cluster: Cluster, job_id: str) -> str:

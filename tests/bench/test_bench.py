@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.bench import asynchronous, baseline, equal_work, forced, growth, sampling, side_by_side
 from slurmkit.bench.child import measured
@@ -20,6 +19,7 @@ from slurmkit.bench.shapes import SHAPES
 from slurmkit.bench.slow_episodes import Settings, Times
 from slurmkit.envs.environment import Task
 from slurmkit.errors import UserError
+from tests.support.requirements import SLURMKIT
 
 # A Python with TRL, for those who have one: then the comparison is run whole.
 TRL_PYTHON = os.environ.get("TEST_TRL_PYTHON")

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from parts import REPOSITORY, SLURMKIT, need_slurm
+
+from tests.support.requirements import REPOSITORY, SLURMKIT, need_slurm
 
 
 @pytest.fixture

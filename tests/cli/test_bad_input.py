@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, SLURMKIT
 
 from slurmkit.cli.main import main
+from tests.support.requirements import REPOSITORY, SLURMKIT
 
 EXAMPLE = REPOSITORY / "examples" / "grpo_arithmetic.yaml"
 TRAIN = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ncluster: {gpus_per_node: 0}\n"

@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from parts import REPOSITORY, SLURMKIT
+from tests.support.requirements import REPOSITORY, SLURMKIT
 
 
 def config(here: Path, *arguments: str) -> str:

@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.job.secrets import looks_exposed, without_tokens
 from slurmkit.job.settle import Request, settle
 from slurmkit.run.preflight import look
+from tests.support.requirements import SLURMKIT
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 

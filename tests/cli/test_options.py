@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
+
+from tests.support.requirements import SLURMKIT
 
 FLAGS = {
     "reservation": ("--reservation maintenance", "maintenance"),

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
-from runs import Made
+
+from tests.support.requirements import SLURMKIT
+from tests.support.run_directories import Made
 
 # No sbatch there.
 ENVIRONMENT = {**os.environ, "PATH": str(SLURMKIT.parent), "COLUMNS": "200"}

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_config
 
 from slurmkit.config.load import load_config
 from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, Settled, settle
+from tests.support.tiny_model import tiny_config
 
 CONFIG = """\
 env: {name: arithmetic}

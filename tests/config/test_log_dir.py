@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config
 
 from slurmkit.config.log_dir import FOLDERS, METRICS, link_logs, problem_with
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.keeper.meeting import size_of
 from slurmkit.report.rows import Tail, read_rows
+from tests.support.tiny_model import tiny_config
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import tiny_config
 
 from slurmkit.config.load import load_config
 from slurmkit.config.nemo_rl import _ADVICE, advice_on
@@ -19,6 +18,7 @@ from slurmkit.config.validate import known_keys
 from slurmkit.envs.environment import Task
 from slurmkit.envs.tasks import hold_out
 from slurmkit.errors import UserError
+from tests.support.tiny_model import tiny_config
 
 LIST = Path(__file__).with_name("nemo_rl_keys.yaml")
 KEYS: dict[str, Any] = parse_yaml(LIST, LIST.read_text()).data

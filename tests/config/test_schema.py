@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import REPOSITORY
-from tiny import tiny_config
 
 from slurmkit.config.algorithm import Grpo
 from slurmkit.config.data import Data
@@ -19,6 +17,8 @@ from slurmkit.config.schema import Checkpointing, TrainConfig
 from slurmkit.config.section import Section, ValidationError
 from slurmkit.job.site import SiteFile
 from slurmkit.job.spec import JobSpec
+from tests.support.requirements import REPOSITORY
+from tests.support.tiny_model import tiny_config
 
 STOP = {"stop_at_validation_metric": "val:pass@3", "stop_at_validation_threshold": 0.5}
 MAXRL = {"adv_estimator": {"name": "maxrl"}}

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import HOSTILE
 
 from slurmkit.config.section import ValidationError
 from slurmkit.job.container import expand, expand_places, missing_parts
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
+from tests.support.requirements import HOSTILE
 
 IMAGES = {"pyxis": "nvcr.io#nvidia/pytorch:25.01", "apptainer": "docker://rayproject/ray:2.60", "podman": "ray:2.60"}
 RUNTIMES = list(IMAGES)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containers import Machines, is_over, wait_for, wait_until
 
 from slurmkit.job.container import missing_parts
 from slurmkit.job.spec import JobSpec
+from tests.support.containers import Machines, is_over, wait_for, wait_until
 
 # Runs on every node inside the container: each line is a fact.
 FACTS = r"""

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, need_slurm
+
+from tests.support.requirements import REPOSITORY, need_slurm
 
 SCRIPT = REPOSITORY / "scripts" / "devcluster"
 QUOTED = shlex.quote(str(SCRIPT))

@@ -16,9 +16,6 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from documentation import TEXTS, is_ours, shell_blocks, spans
-from parts import REPOSITORY, SLURMKIT
-from runs import Made
 
 from slurmkit.cli.config import command as config_command
 from slurmkit.cli.main import cli
@@ -27,6 +24,9 @@ from slurmkit.errors import UserError
 from slurmkit.grpo.__main__ import main as train
 from slurmkit.job.render import render
 from slurmkit.job.settle import Request, settle
+from tests.support.documentation import TEXTS, is_ours, shell_blocks, spans
+from tests.support.requirements import REPOSITORY, SLURMKIT
+from tests.support.run_directories import Made
 
 # What stands in for the names in commands. Runs that they name are there: RUN, NAME, A, B, C, small, math and one more.
 STAND_INS = [

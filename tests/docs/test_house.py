@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 import yaml
-from documentation import TEXTS
-from parts import REPOSITORY
 
 from slurmkit import __version__
+from tests.support.documentation import TEXTS
+from tests.support.requirements import REPOSITORY
 
 
 def read(name: str) -> Any:

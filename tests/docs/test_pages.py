@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documentation import PAGES, TEXTS, spans, yaml_blocks
-from parts import REPOSITORY, missing
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.config.section import ValidationError
 from slurmkit.job.reference import pages
 from slurmkit.job.site import SiteFile
 from slurmkit.job.spec import JobSpec
+from tests.support.documentation import PAGES, TEXTS, spans, yaml_blocks
+from tests.support.requirements import REPOSITORY, missing
 
 _SECTIONS = ("grpo", "loss_fn", "checkpointing", "policy", "data", "env", "logger", "cluster")
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.config.source import leaves
 from slurmkit.job.reference import pages
 from slurmkit.job.settle import Request, settle
+from tests.support.requirements import REPOSITORY
 
 
 def rows_of(page: str) -> dict[str, tuple[str, str, str]]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY
+
+from tests.support.requirements import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/troubleshooting.md").read_text(encoding="utf-8")
 PACKAGE = REPOSITORY / "slurmkit"

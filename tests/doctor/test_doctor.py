@@ -11,16 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, development_cluster
-from parts import REPOSITORY, SLURMKIT, missing, need_slurm
 
 from slurmkit.doctor.finding import Checks, Finding, Subject, ask
+from tests.support.cluster import Cluster, development_cluster, wait_until
+from tests.support.requirements import REPOSITORY, SLURMKIT, missing, need_slurm
 
 Findings = dict[str, dict[str, str]]
 SUBJECT = Subject(sys.executable, "/", "none", None, on_node=False)
@@ -51,13 +51,6 @@ def here(directory: Path, *arguments: str, **environment: str) -> tuple[int, Fin
     )
     assert done.stdout, done.stderr
     return done.returncode, by_what(json.loads(done.stdout)["checks"])
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
 
 
 # ---- this machine

@@ -9,7 +9,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from parts import need_shared_data
 
 from slurmkit.config.data import ArithmeticEnv, Data, MathEnv
 from slurmkit.envs.answers import final_number
@@ -18,6 +17,7 @@ from slurmkit.envs.environment import Domain, Message, Score, Task, TaskSource
 from slurmkit.envs.math import Math
 from slurmkit.envs.tasks import TaskOrder
 from slurmkit.errors import UserError
+from tests.support.requirements import need_shared_data
 
 TASKS = [Task(str(number), f"{number}=", str(number)) for number in range(10)]
 

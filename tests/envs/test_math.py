@@ -16,8 +16,6 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from groups import episode
-from parts import need_shared_data
 
 from slurmkit.config.data import Data, MathEnv
 from slurmkit.envs.answers import final_answer, is_prose, number
@@ -25,6 +23,8 @@ from slurmkit.envs.environment import Message, Score, Task
 from slurmkit.envs.math import Math
 from slurmkit.errors import UserError
 from slurmkit.grpo.selection import score_metrics
+from tests.support.groups import episode
+from tests.support.requirements import need_shared_data
 
 DAPO = {"input_key": "prompt", "output_key": "reward_model.ground_truth"}
 

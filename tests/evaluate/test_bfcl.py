@@ -14,9 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-from openai_server import KEY, Call, answers, serving
-from parts import SLURMKIT, missing
-from tiny import make_tiny_model
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.evaluate import installation, nemo, server
@@ -24,6 +21,9 @@ from slurmkit.evaluate.bfcl import Settings, ask, compared, notes, refuse_silenc
 from slurmkit.evaluate.installation import bfcl_python
 from slurmkit.evaluate.models import Model
 from slurmkit.evaluate.server import vllm_server
+from tests.support.openai_server import KEY, Call, answers, serving
+from tests.support.requirements import SLURMKIT, missing
+from tests.support.tiny_model import make_tiny_model
 
 # Where a user's is too.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slurmkit" / "bfcl"

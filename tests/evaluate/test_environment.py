@@ -10,12 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from driver import Run
-from groups import group, of
-from parts import SLURMKIT
-from tiny import make_tiny_model, tiny_config
 
 from slurmkit.evaluate.environment import compared
+from tests.support.driver import Run
+from tests.support.groups import group, of
+from tests.support.requirements import SLURMKIT
+from tests.support.tiny_model import make_tiny_model, tiny_config
 
 
 def evaluate(here: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

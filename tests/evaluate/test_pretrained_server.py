@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import need_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slurmkit.evaluate.bfcl import Settings
 from slurmkit.evaluate.server import vllm_server
+from tests.support.requirements import need_smollm2
 
 pytestmark = pytest.mark.model
 

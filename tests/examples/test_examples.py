@@ -11,7 +11,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from parts import REPOSITORY, need_shared_data
 
 from slurmkit.config.load import read_config
 from slurmkit.config.schema import TrainConfig
@@ -21,6 +20,7 @@ from slurmkit.envs.environment import Message
 from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import Request, settle
+from tests.support.requirements import REPOSITORY, need_shared_data
 
 EXAMPLES = REPOSITORY / "examples"
 DAPO, WORKPLACE = EXAMPLES / "grpo_dapo17k_qwen3_4b.yaml", EXAMPLES / "grpo_workplace_assistant.yaml"

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
-from driver import Run
-from parts import REPOSITORY, SLURMKIT
+
+from tests.support.cluster import Cluster
+from tests.support.driver import Run
+from tests.support.requirements import REPOSITORY, SLURMKIT
 
 CONFIG = "examples/nemo_gym/grpo_workplace_assistant_nemotron_nano_v2_9b.yaml"
 TINY = f"""\

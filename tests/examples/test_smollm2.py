@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from driver import run
-from parts import REPOSITORY, need_smollm2
+
+from tests.support.driver import run
+from tests.support.requirements import REPOSITORY, need_smollm2
 
 EXAMPLE, SUMS = REPOSITORY / "examples/grpo_smollm2.yaml", REPOSITORY / "examples/sums"
 

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from parts import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 from slurmkit.config.load import load_config
@@ -25,6 +24,7 @@ from slurmkit.envs.workplace.generate import drafts
 from slurmkit.envs.workplace.scoring import end_state, same
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.tool_calls import read_calls
+from tests.support.requirements import REPOSITORY
 
 SIZES = {"TASKS": 30, "VALIDATION_TASKS": 12, "DEMONSTRATED": 60, "STEPS": 2}
 

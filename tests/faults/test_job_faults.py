@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import _DEVCLUSTER, Cluster, development_cluster
 
 from slurmkit.job.keeper_file import keeper_text, name_of_keeper
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec, RayOptions, UntilDone
+from tests.support.cluster import DEVCLUSTER, Cluster, development_cluster, wait_until
 
 REPEAT = range(int(os.environ.get("FAULTS_REPEAT", "1")))
 pytestmark = pytest.mark.parametrize("run", REPEAT)
@@ -136,13 +136,6 @@ class Job:
         wait_until(lambda: self.state(job_id) not in ("PENDING", "RUNNING", "COMPLETING"), "the job is over", 120)
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def small() -> Iterator[Path]:
     """Make a file system of 100 MB. The nodes see what is mounted when they start."""
@@ -200,7 +193,7 @@ def submit(
 
 
 def machine(cluster: Cluster, *words: str) -> None:
-    subprocess.run([_DEVCLUSTER, words[0], "--name", cluster.name, *words[1:]], check=True, timeout=120)
+    subprocess.run([DEVCLUSTER, words[0], "--name", cluster.name, *words[1:]], check=True, timeout=120)
 
 
 def kill_raylet(cluster: Cluster, node: str) -> None:

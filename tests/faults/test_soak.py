@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from parts import REPOSITORY, need_slurm
+from tests.support.requirements import REPOSITORY, need_slurm
 
 
 def test_a_run_killed_at_random_times_ends_like_an_undisturbed_run(tmp_path: Path) -> None:

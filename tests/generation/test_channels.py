@@ -13,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cluster
-from parts import need_gpu, unchanged_environment
-from tiny import tiny_config
 from torch import distributed
 
 from slurmkit.errors import Failure, NodeFailure
@@ -25,6 +22,9 @@ from slurmkit.generation.shared_tensors import lay_out
 from slurmkit.generation.transfer import PolicyLost, WeightTransfer
 from slurmkit.generation.weights import StreamedWeights
 from slurmkit.grpo.policy_worker import PolicyWorker
+from tests.support.cluster import Cluster
+from tests.support.requirements import need_gpu, unchanged_environment
+from tests.support.tiny_model import tiny_config
 
 CPU = torch.device("cpu")
 WEIGHTS = {

@@ -10,13 +10,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from engines import Torch, Vllm
-from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slurmkit.generation.engine import Completion, Request, SamplingParams
 from slurmkit.generation.shared_tensors import SharedTensors, lay_out, read
 from slurmkit.generation.weights import SharedWeights, Weights, digest
+from tests.support.engines import Torch, Vllm
+from tests.support.tiny_model import make_tiny_model
 
 Engine = Torch | Vllm
 MAX_TOTAL_LENGTH = 320

@@ -11,14 +11,14 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
-from engines import Vllm
-from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slurmkit.config.model import ServingChatKwargs, VllmCfg
 from slurmkit.generation.engine import Request, SamplingParams
 from slurmkit.generation.http_server import WEIGHT_VERSIONS, Serving, make_api_key
 from slurmkit.generation.weights import Weights
+from tests.support.engines import Vllm
+from tests.support.tiny_model import make_tiny_model
 
 MESSAGES = [{"role": "user", "content": "1+2="}]
 # In place of the model's own.

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from groups import completion
 
 from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.engine import Completion, Request, SamplingParams
 from slurmkit.generation.pool import EnginePool
+from tests.support.groups import completion
 
 SAMPLING = SamplingParams(1.0, 4, seed=0)
 

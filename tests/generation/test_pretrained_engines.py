@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Torch, Vllm
-from parts import need_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slurmkit.envs.environment import Message
@@ -17,6 +15,8 @@ from slurmkit.generation.engine import Completion, Request, SamplingParams
 from slurmkit.grpo.causal_lm import whole_model
 from slurmkit.grpo.policy_model import PolicyModel
 from slurmkit.rollout.chat import Chat
+from tests.support.engines import Torch, Vllm
+from tests.support.requirements import need_smollm2
 
 pytestmark = pytest.mark.model
 

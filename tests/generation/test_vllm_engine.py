@@ -15,10 +15,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from driver import all_end, nothing_left_behind
-from engines import Vllm
-from parts import unchanged_environment
-from tiny import make_tiny_model
 from torch import distributed
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +25,10 @@ from slurmkit.generation.engine import Completion, Request, SamplingParams
 from slurmkit.generation.shared_tensors import lay_out
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.generation.weights import StreamedWeights, Weights
+from tests.support.driver import all_end, nothing_left_behind
+from tests.support.engines import Vllm
+from tests.support.requirements import unchanged_environment
+from tests.support.tiny_model import make_tiny_model
 
 SETTINGS = {"precision": "float32", "max_total_length": 320, "max_batch_size": 8}
 # Starts an engine where a folder of its own takes what vLLM writes, says so, and waits.

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 import pytest
-from groups import completion, conversation, group, of
 
 from slurmkit.config.algorithm import Grpo
 from slurmkit.envs.environment import Task, TaskSource
@@ -21,6 +20,7 @@ from slurmkit.grpo.interrupt import SIGNALS, Interrupts
 from slurmkit.grpo.trainer import Trainer
 from slurmkit.rollout.collect import Group
 from slurmkit.rollout.episode import Episode
+from tests.support.groups import completion, conversation, group, of
 
 TASKS = [Task(str(number), f"{number}?", str(number)) for number in range(100)]
 

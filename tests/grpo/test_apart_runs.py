@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver import TINY, run, two_ray_nodes
+
+from tests.support.driver import TINY, run, two_ray_nodes
 
 APART = (
     "cluster.num_nodes=2",

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from driver import EVERY_STEP, TINY, Run, ended, last_logged, run, start, until, without_times
+
+from tests.support.driver import EVERY_STEP, TINY, Run, ended, last_logged, run, start, until, without_times
 
 ASYNCHRONOUS = (
     "grpo.async_grpo.enabled=true",

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import make_model, tiny_llama
-from ranks import Work, run_ranks
-from tiny import tiny_config
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import UserError
 from slurmkit.grpo.causal_lm import check_model
+from tests.support.policy_ranks import Work, run_ranks
+from tests.support.small_models import make_model, tiny_llama
+from tests.support.tiny_model import tiny_config
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import LargestTensor
 from torch.autograd import gradcheck
 
 from slurmkit.grpo.chunked_head import LogitsForm, chunked_logprobs
+from tests.support.tensor_shapes import LargestTensor
 
 FORMS = [
     LogitsForm(),

@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import numpy
 import pytest
-from groups import completion, conversation
-from tiny import make_tiny_model
 
 from slurmkit.config.algorithm import Grpo, LossFn
 from slurmkit.config.data import ArithmeticEnv
@@ -24,6 +22,8 @@ from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect
 from slurmkit.rollout.episode import Episode, Limits
 from slurmkit.rollout.sample import Sample
+from tests.support.groups import completion, conversation
+from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")

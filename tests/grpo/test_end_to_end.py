@@ -14,9 +14,22 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from driver import CANARY, Run, does, ended, last_logged, processes_of, run, start, titled, until, without_times
-from parts import REPOSITORY, need_shared_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.driver import (
+    CANARY,
+    Run,
+    does,
+    ended,
+    last_logged,
+    processes_of,
+    run,
+    start,
+    titled,
+    until,
+    without_times,
+)
+from tests.support.requirements import REPOSITORY, need_shared_data
 
 ARITHMETIC = REPOSITORY / "examples" / "grpo_arithmetic.yaml"
 # A short supervised start: enough for the form of an answer, and for groups that carry signal.

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from driver import Run
-from parts import SLURMKIT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from slurmkit.errors import Failure
 from slurmkit.grpo.export import export
+from tests.support.driver import Run
+from tests.support.requirements import SLURMKIT
 
 
 def exported(*arguments: str | Path, here: Path) -> subprocess.CompletedProcess[str]:

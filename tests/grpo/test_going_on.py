@@ -15,16 +15,29 @@ from time import sleep
 from typing import Any
 
 import pytest
-from driver import TINY, Run, all_end, does, ended, last_logged, processes_of, run, start, titled, until, without_times
-from parts import SLURMKIT
-from tiny import make_tiny_model, tiny_config
-from wandb_files import records
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.errors import UserError
 from slurmkit.grpo.checkpoint import CONFIG_FILE, Checkpoints, TrainerState
 from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.resume import starting_point
+from tests.support.driver import (
+    TINY,
+    Run,
+    all_end,
+    does,
+    ended,
+    last_logged,
+    processes_of,
+    run,
+    start,
+    titled,
+    until,
+    without_times,
+)
+from tests.support.requirements import SLURMKIT
+from tests.support.tiny_model import make_tiny_model, tiny_config
+from tests.support.wandb_files import records
 
 WANDB = ("logger.wandb_enabled=true", "logger.wandb.mode=offline")
 

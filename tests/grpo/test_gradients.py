@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from groups import completion, conversation
-from tabular import (
+
+from slurmkit.config.algorithm import Grpo, LossFn
+from slurmkit.envs.environment import Task
+from slurmkit.grpo.advantage import advantages
+from slurmkit.grpo.credit import credit, make_samples
+from slurmkit.grpo.loss import policy_loss
+from slurmkit.grpo.loss_sums import LossSums
+from slurmkit.rollout.collect import Group
+from slurmkit.rollout.episode import Episode
+from slurmkit.rollout.sample import Sample
+from tests.support.groups import completion, conversation
+from tests.support.tabular_policy import (
     EPISODES,
     NUM_TOKENS,
     PROMPT,
@@ -24,16 +34,6 @@ from tabular import (
     probability,
     token_logprobs,
 )
-
-from slurmkit.config.algorithm import Grpo, LossFn
-from slurmkit.envs.environment import Task
-from slurmkit.grpo.advantage import advantages
-from slurmkit.grpo.credit import credit, make_samples
-from slurmkit.grpo.loss import policy_loss
-from slurmkit.grpo.loss_sums import LossSums
-from slurmkit.rollout.collect import Group
-from slurmkit.rollout.episode import Episode
-from slurmkit.rollout.sample import Sample
 
 SINGLE_TOKENS = [(token,) for token in range(NUM_TOKENS)]
 REWARD = {episode: math.sin(7 * index) for index, episode in enumerate([*EPISODES, *SINGLE_TOKENS[:4]])}

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from driver import EVERY_STEP, TINY, run, without_times
-from models import make_model, tiny_llama
 from peft import PeftModel
-from ranks import ROUNDS, Work, assert_alike, run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
 from slurmkit.grpo.causal_lm import check_model
+from tests.support.driver import EVERY_STEP, TINY, run, without_times
+from tests.support.policy_ranks import ROUNDS, Work, assert_alike, run_ranks
+from tests.support.small_models import make_model, tiny_llama
+from tests.support.tiny_model import tiny_config
 
 LORA = {"dtensor_cfg": {"lora_cfg": {"enabled": True, "dim": 4, "alpha": 16}}}
 KL = {"reference_policy_kl_penalty": 0.01}

@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import REPOSITORY
-from tabular import Table, a_sample, a_table, forward, near
 
 from slurmkit.config.algorithm import LossFn
 from slurmkit.config.section import ValidationError
@@ -21,6 +19,8 @@ from slurmkit.grpo.batch import MicroBatch, optimizer_steps
 from slurmkit.grpo.loss import policy_loss
 from slurmkit.grpo.loss_sums import LossSums
 from slurmkit.rollout.sample import Sample
+from tests.support.requirements import REPOSITORY
+from tests.support.tabular_policy import Table, a_sample, a_table, forward, near
 
 
 def a_batch(

@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from driver import TINY, Run
-from groups import completion, conversation
-from parts import REPOSITORY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import make_tiny_model, tiny_config
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from slurmkit.config.load import load_config
@@ -23,6 +19,10 @@ from slurmkit.errors import Failure
 from slurmkit.grpo.metrics import RunLog, check_finite, whole_step
 from slurmkit.grpo.throughput import Description, Gauge, Shape, peak_flops, shape_of
 from slurmkit.rollout.episode import Episode
+from tests.support.driver import TINY, Run
+from tests.support.groups import completion, conversation
+from tests.support.requirements import REPOSITORY
+from tests.support.tiny_model import make_tiny_model, tiny_config
 
 
 def documented() -> dict[str, str]:

@@ -16,7 +16,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from shapes import LargestTensor
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -25,6 +24,7 @@ from slurmkit.errors import UserError
 from slurmkit.grpo import packed_attention
 from slurmkit.grpo.packed_attention import Packing
 from slurmkit.grpo.policy_model import PolicyModel
+from tests.support.tensor_shapes import LargestTensor
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from tiny import tiny_config
 
 from slurmkit.grpo import cluster
+from tests.support.requirements import REPOSITORY
+from tests.support.tiny_model import tiny_config
 
 # Brings up the nodes, then answers each configuration with the layout: for each rank and engine, node and GPUs.
 PROGRAM = """
@@ -26,7 +27,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import remove_placement_group
 from slurmkit.errors import Failure
 from slurmkit.grpo.placement import reserve
-from tiny import tiny_config
+from tests.support.tiny_model import tiny_config
 
 def whole(seats):
     return [(seat.node_id, seat.gpu, ray.get(told.options(**seat.options()).remote())) for seat in seats]
@@ -81,7 +82,7 @@ def asked(folder: Path) -> Iterator[Asks]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            cwd=Path(__file__).parent.parent,
+            cwd=REPOSITORY,
         )
     try:
         yield Asks(process)

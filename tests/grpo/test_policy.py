@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model, tiny_llama
-from ranks import ROUNDS, Work, a_sample, assert_alike, run_ranks
 from safetensors import safe_open
-from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, NemotronHConfig
 
 from slurmkit.generation.engine import Request, SamplingParams
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.grpo.causal_lm import decoder_layers
 from slurmkit.grpo.policy import Policy
+from tests.support.policy_ranks import ROUNDS, Work, a_sample, assert_alike, run_ranks
+from tests.support.small_models import make_model, tiny_llama
+from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")

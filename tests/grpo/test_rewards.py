@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy
 import pytest
-from groups import episode, of
 
 from slurmkit.config.algorithm import MAX_REWARD, Grpo, RewardScaling, RewardShaping
 from slurmkit.grpo.advantage import advantages
 from slurmkit.grpo.rewards import scaled, shaped, shaped_group
+from tests.support.groups import episode, of
 
 SOFT = RewardShaping(enabled=True, overlong_buffer_length=4, overlong_buffer_penalty=0.5, max_response_length=10)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy
 import pytest
-from groups import episode
-from tiny import make_tiny_model
 
 from slurmkit.envs.environment import Message
 from slurmkit.errors import Failure
@@ -17,6 +15,8 @@ from slurmkit.grpo.sample_files import write_samples
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.episode import Episode
 from slurmkit.rollout.sample import Sample
+from tests.support.groups import episode
+from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from driver import Run, run, without_times
-from tiny import tiny_config
 
 from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.arithmetic import Arithmetic
@@ -18,6 +16,8 @@ from slurmkit.grpo.ahead import Rollouts
 from slurmkit.grpo.checkpoint import TrainerState
 from slurmkit.grpo.saving import Deadline, Saver
 from slurmkit.grpo.trainer import Trainer
+from tests.support.driver import Run, run, without_times
+from tests.support.tiny_model import tiny_config
 
 SAMPLED = Path(__file__).with_name("sampled.yaml")
 # Any validation is good enough.

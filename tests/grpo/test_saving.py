@@ -15,10 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from driver import EVERY_STEP, TINY, Run, ended, last_logged, start, until
-from parts import unchanged_environment
 from safetensors.torch import load_file
-from tiny import make_tiny_model, tiny_config
 from torch import distributed
 
 from slurmkit.errors import Failure
@@ -26,6 +23,9 @@ from slurmkit.grpo import saving, writer
 from slurmkit.grpo.checkpoint import Checkpoints, TrainerState
 from slurmkit.grpo.policy_worker import PolicyWorker
 from slurmkit.grpo.saving import Deadline, Saver
+from tests.support.driver import EVERY_STEP, TINY, Run, ended, last_logged, start, until
+from tests.support.requirements import unchanged_environment
+from tests.support.tiny_model import make_tiny_model, tiny_config
 
 # In every process that Python starts; only rank 0's writer has a thread of that name.
 HELD = """

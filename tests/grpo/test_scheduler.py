@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_config
 from torch import distributed
 
 from slurmkit.config.model import SchedulerPart
 from slurmkit.config.section import ValidationError
 from slurmkit.grpo.optimizer import LearningRate, clip_gradients
+from tests.support.tiny_model import tiny_config
 
 PREFIX = "torch.optim.lr_scheduler."
 WARM_UP: list[dict[str, Any]] = [

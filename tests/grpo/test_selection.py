@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 import pytest
-from groups import episode, group, of
 
 from slurmkit.config.algorithm import Grpo, LossFn, RewardScaling, RewardShaping
 from slurmkit.errors import Failure
@@ -16,6 +15,7 @@ from slurmkit.grpo.batch import loss_weights
 from slurmkit.grpo.credit import credit, make_samples
 from slurmkit.grpo.selection import Selection, select, without_truncated
 from slurmkit.rollout.collect import Group
+from tests.support.groups import episode, group, of
 
 PLAIN = Grpo(normalize_rewards=False, use_leave_one_out_baseline=False)
 MIXED, RIGHT, WRONG = (1.0, 0.0), (1.0, 1.0), (0.0, 0.0)

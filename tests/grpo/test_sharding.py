@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import make_model, tiny_llama
-from ranks import ROUNDS, Work, assert_alike, run_ranks
-from tiny import make_tiny_model, tiny_config
 from transformers import GPT2Config
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
 from slurmkit.grpo.causal_lm import check_model, generic_name
+from tests.support.policy_ranks import ROUNDS, Work, assert_alike, run_ranks
+from tests.support.small_models import make_model, tiny_llama
+from tests.support.tiny_model import make_tiny_model, tiny_config
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen"])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from driver import TINY, ended, last_logged, processes_of, run, start, titled, two_ray_nodes, until
-from parts import missing
 
 from slurmkit.errors import Failure, NodeFailure
 from slurmkit.generation.actors import together
+from tests.support.driver import TINY, ended, last_logged, processes_of, run, start, titled, two_ray_nodes, until
+from tests.support.requirements import missing
 
 LONG = "grpo.max_num_steps=100000"
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from driver import TINY, run
-from parts import need_gpu
-from ranks import Work, assert_alike, run_ranks
-from tiny import make_tiny_model, tiny_config
 
 from slurmkit.grpo.turns import Turns
+from tests.support.driver import TINY, run
+from tests.support.policy_ranks import Work, assert_alike, run_ranks
+from tests.support.requirements import need_gpu
+from tests.support.tiny_model import make_tiny_model, tiny_config
 
 
 class Records:

@@ -7,11 +7,11 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from groups import episode, group, of
 
 from slurmkit.config.algorithm import Grpo
 from slurmkit.errors import Failure
 from slurmkit.grpo.validation import is_good_enough, pass_at_k, validation_metrics, write_transcripts
+from tests.support.groups import episode, group, of
 
 
 @pytest.mark.parametrize("num", [1, 2, 5, 8])

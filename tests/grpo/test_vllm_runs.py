@@ -12,11 +12,22 @@ from pathlib import Path
 
 import psutil
 import pytest
-from driver import TINY, Run, all_end, ended, last_logged, nothing_left_behind, processes_of, run, start, until
-from tiny import tiny_config
 
 from slurmkit.errors import UserError
 from slurmkit.grpo import cluster
+from tests.support.driver import (
+    TINY,
+    Run,
+    all_end,
+    ended,
+    last_logged,
+    nothing_left_behind,
+    processes_of,
+    run,
+    start,
+    until,
+)
+from tests.support.tiny_model import tiny_config
 
 VLLM = (
     "policy.generation.backend=vllm",

@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver import CANARY
-from groups import group
-from parts import SLURMKIT, unchanged_environment
-from tiny import tiny_config
 from wandb.proto.wandb_internal_pb2 import Record
-from wandb_files import records
-from wandb_server import WandbServer, wandb_server
 
 from slurmkit.envs.environment import Message, ToolCall
 from slurmkit.errors import UserError
@@ -28,6 +22,12 @@ from slurmkit.grpo.metrics import RunLog
 from slurmkit.grpo.sample_files import write_lines
 from slurmkit.grpo.validation import write_transcripts
 from slurmkit.run.offline import upload
+from tests.support.driver import CANARY
+from tests.support.groups import group
+from tests.support.requirements import SLURMKIT, unchanged_environment
+from tests.support.tiny_model import tiny_config
+from tests.support.wandb_files import records
+from tests.support.wandb_server import WandbServer, wandb_server
 
 KEY = "b7" * 20
 TAGS = ["sums", "a second one"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import HOSTILE, REPOSITORY
 
 from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
 from slurmkit.job.render import render
 from slurmkit.job.settle import Request, settle
 from slurmkit.job.spec import JobSpec
+from tests.support.requirements import HOSTILE, REPOSITORY
 
 
 def spec(**keys: object) -> JobSpec:
@@ -112,10 +112,10 @@ def test_a_rendered_file_stays_short_enough_to_read(name: str) -> None:
 
 
 def test_two_renders_in_different_processes_and_places_are_the_same_bytes(tmp_path: Path) -> None:
-    program = "import sys; sys.path[:0] = sys.argv[1:]; from test_render import *; print(render(SPECS['full']))"
+    imports = "import sys; sys.path.insert(0, sys.argv[1]); from tests.job.test_render import SPECS, render"
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", program, Path(__file__).parent, REPOSITORY / "tests"],
+            [sys.executable, "-c", f"{imports}; print(render(SPECS['full']))", REPOSITORY],
             cwd=directory,
             env={**os.environ, "PYTHONHASHSEED": seed, "LANG": "C", "TZ": zone},
             check=True,

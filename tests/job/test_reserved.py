@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import REPOSITORY
 
 from slurmkit.config.section import ValidationError
 from slurmkit.errors import UserError
@@ -20,6 +19,7 @@ from slurmkit.job.secrets import looks_secret
 from slurmkit.job.settle import Request, settle
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.trace import Traced, render_traced
+from tests.support.requirements import REPOSITORY
 
 MINIMAL = {"name": "t", "python": "/usr/bin/python3", "workdir": "/w", "run_dir": "/r", "command": ["true"]}
 FULL: dict[str, Any] = {

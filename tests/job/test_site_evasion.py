@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_site import Site
 
 from slurmkit.errors import UserError
 from slurmkit.job.site import read_site
+from tests.job.test_site import Site
 
 RULES = """\
 defaults:

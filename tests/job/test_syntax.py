@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.job import syntax
 from slurmkit.job.settle import Request, settle
 from slurmkit.job.syntax import checked_script
+from tests.support.requirements import SLURMKIT
 
 
 def refusal(folder: Path, text: str) -> str:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from attempts import attempt, followed, meeting
 
 from slurmkit.keeper import follow_up, node
 from slurmkit.keeper.chain import Chain, Limits, begin
@@ -20,6 +19,7 @@ from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
 from slurmkit.keeper.stand_in import StandIn
 from slurmkit.keeper.watch import Watch
+from tests.support.attempts import attempt, followed, meeting
 
 __all__ = ["meeting"]  # a fixture
 FOR_EVER = Limits(until_done=True, max_attempts=None, max_hours=None, trains=False)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import attempt, checkpoint, followed, meeting
 
 from slurmkit.errors import UserError
 from slurmkit.job.keeper_file import digest_of_keeper, keeper_text, name_of_keeper
@@ -22,6 +21,7 @@ from slurmkit.keeper.judge import judge, may_go_on, why_slurm_ends_it
 from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
 from slurmkit.run.submit import keeper_for
+from tests.support.attempts import attempt, checkpoint, followed, meeting
 
 __all__ = ["meeting"]  # a fixture
 FOR_EVER = Limits(until_done=True, max_attempts=None, max_hours=None, trains=True)

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from attempts import attempt, followed
 
 from slurmkit.keeper import stand_in, watch
 from slurmkit.keeper.chain import Limits, begin
@@ -19,6 +18,7 @@ from slurmkit.keeper.meeting import Meeting
 from slurmkit.keeper.node import Node
 from slurmkit.keeper.stand_in import StandIn
 from slurmkit.keeper.watch import Watch
+from tests.support.attempts import attempt, followed
 
 ONCE = Limits(until_done=False, max_attempts=None, max_hours=None, trains=False)
 FOR_EVER = ONCE._replace(until_done=True)

@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, need_smollm2
+
+from tests.support.requirements import REPOSITORY, need_smollm2
 
 SCRIPT = REPOSITORY / "scripts" / "get_smollm2"
 # Has all that the conversion needs, and downloads another file.

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, missing
+
+from tests.support.requirements import REPOSITORY, missing
 
 BIN = Path(sys.executable).parent
 

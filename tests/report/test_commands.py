@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import write_steps
-from parts import SLURMKIT
-from runs import Made
+
+from tests.support.report_runs import write_steps
+from tests.support.requirements import SLURMKIT
+from tests.support.run_directories import Made
 
 # No sbatch there.
 ENVIRONMENT = {**os.environ, "PATH": str(SLURMKIT.parent), "COLUMNS": "200"}

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import Browser
-from pages import HOSTILE, episode, facts_of, write_samples, write_steps
-from parts import REPOSITORY
 
 from slurmkit.errors import Failure
 from slurmkit.report.page import write_page
 from slurmkit.report.samples import read_samples
+from tests.support.browser import Browser
+from tests.support.report_runs import HOSTILE, episode, facts_of, write_samples, write_steps
+from tests.support.requirements import REPOSITORY
 
 # The chip of one curve, as text.
 CHIP = "[...document.querySelectorAll('.card')].find((e) => e.querySelector('h3').innerText.startsWith({card}))"

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy
 import pytest
-from talks import PLENTY, Engine, Talk, make_talk, tool
 
 from slurmkit.envs.environment import (
     Agent,
@@ -29,6 +28,7 @@ from slurmkit.envs.environment import (
 )
 from slurmkit.errors import UserError
 from slurmkit.rollout.collect import Group, Sampling, collect
+from tests.support.conversations import PLENTY, Engine, Talk, make_talk, tool
 
 HALF = "\ud83d"
 OPENING = Opening((Message("user", "hello"),), (tool("look"),))

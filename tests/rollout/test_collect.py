@@ -6,8 +6,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from groups import completion
-from tiny import make_tiny_model, tiny_config
 
 from slurmkit.config.data import ArithmeticEnv
 from slurmkit.envs.arithmetic import Arithmetic
@@ -17,6 +15,8 @@ from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Group, Sampling, collect, refuse_prompts_that_never_fit
 from slurmkit.rollout.episode import Limits
+from tests.support.groups import completion
+from tests.support.tiny_model import make_tiny_model, tiny_config
 
 TASKS = [Task("short", "1+1=", "2"), Task("long", "1" * 100, "2")]
 

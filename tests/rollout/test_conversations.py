@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from groups import of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from talks import ENDS, PLENTY, Engine, Scripted, Talk, make_talk, play, tool
 
 from slurmkit.config.model import Generation, Policy, TokenizerCfg
 from slurmkit.envs.environment import Message, Opening
@@ -20,6 +18,8 @@ from slurmkit.errors import UserError
 from slurmkit.grpo.credit import make_samples
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.episode import Episode
+from tests.support.conversations import ENDS, PLENTY, Engine, Scripted, Talk, make_talk, play, tool
+from tests.support.groups import of
 
 USER = (Message("user", "hello"),)
 TOOLS = (tool("look"), tool("write"))

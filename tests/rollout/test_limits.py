@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from groups import of
-from talks import PLENTY, Engine, Scripted, Talk, make_talk, play, tool
 
 from slurmkit.envs.environment import Message, Opening, Task
 from slurmkit.generation.engine import SamplingParams
@@ -17,6 +15,8 @@ from slurmkit.grpo.credit import make_samples
 from slurmkit.grpo.selection import score_metrics
 from slurmkit.rollout.boundary import BrokenEnvironment
 from slurmkit.rollout.episode import run_episode
+from tests.support.conversations import PLENTY, Engine, Scripted, Talk, make_talk, play, tool
+from tests.support.groups import of
 
 OPENING = Opening((Message("user", "hello"),), (tool("look"), tool("write")))
 CALL = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'

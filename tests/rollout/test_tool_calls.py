@@ -8,11 +8,11 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from talks import TEMPLATES
 
 from slurmkit.config.model import ToolParser
 from slurmkit.envs.environment import ToolCall
 from slurmkit.rollout.tool_calls import MalformedCall, read_calls, recognised
+from tests.support.conversations import TEMPLATES
 
 KNOWN = ("look", "write")
 LOOK = '{"name": "look", "arguments": {"text": "a"}}'

@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
-from runs import Made, Slurm, job
 
 from slurmkit.run.logs import Reader
 from slurmkit.run.state import Queue, RunState, read_states
+from tests.support.requirements import SLURMKIT
+from tests.support.run_directories import Made, Slurm, job
 
 
 def made(tmp_path: Path) -> Made:

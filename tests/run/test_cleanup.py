@@ -16,11 +16,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Cluster
-from parts import SLURMKIT
-from test_local import run, wait_for
 
 from slurmkit.run import leftovers
+from tests.run.test_local import run, wait_for
+from tests.support.cluster import Cluster
+from tests.support.requirements import SLURMKIT
 
 # The trainer's own Ray, without a model, and a large file in shared memory as engines have.
 RAY = """

@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.errors import UserError
 from slurmkit.job.settle import Request, Settled, settle
 from slurmkit.run.directory import RunDirectory, jobs_of
 from slurmkit.run.preflight import look
+from tests.support.requirements import SLURMKIT
 
 CONFIG = "env: {name: arithmetic}\npolicy: {from_scratch: {}}\ngrpo: {max_num_steps: 5}\n"
 

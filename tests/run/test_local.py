@@ -13,11 +13,11 @@ from typing import TextIO
 
 import psutil
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.errors import UserError
 from slurmkit.run import local
 from slurmkit.run.leftovers import own_mark
+from tests.support.requirements import SLURMKIT
 
 
 def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -16,11 +16,11 @@ from threading import Timer
 from typing import Any
 
 import pytest
-from conftest import Cluster
-from parts import SLURMKIT
 
 from slurmkit.cli.logs import for_terminal
 from slurmkit.run.logs import Tail
+from tests.support.cluster import Cluster
+from tests.support.requirements import SLURMKIT
 
 # Without Slurm: its commands are not on this PATH.
 NO_SLURM = {**os.environ, "PATH": str(SLURMKIT.parent)}

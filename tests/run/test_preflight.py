@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
-from parts import missing
 
 from slurmkit.config.model import FromScratch
 from slurmkit.job.settle import Request, Settled, settle
@@ -24,6 +22,8 @@ from slurmkit.run.footprint import parameters_in, parameters_of
 from slurmkit.run.forecast import cost, start
 from slurmkit.run.preflight import look
 from slurmkit.slurm.client import Estimate
+from tests.support.cluster import Cluster
+from tests.support.requirements import missing
 
 CONFIG = """\
 env: {name: arithmetic}
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_a_folder_s_model_is_estimated_from_its_weights(
 
 
 def test_parameter_count_of_a_from_scratch_model_is_known_in_advance(tmp_path: Path) -> None:
-    from tiny import SIZES, make_tiny_model
+    from tests.support.tiny_model import SIZES, make_tiny_model
 
     folder = make_tiny_model(tmp_path / "model")
     with (folder / "model.safetensors").open("rb") as file:

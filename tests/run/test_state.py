@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import Made, Slurm, job
 
 from slurmkit.errors import Failure
 from slurmkit.run.state import FINAL, Queue, RunState, read_states
+from tests.support.run_directories import Made, Slurm, job
 
 LOST = 600.0
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import SLURMKIT
-from runs import Made, Slurm
 
 from slurmkit.errors import Failure
 from slurmkit.run.usage import usage_of
 from slurmkit.slurm.client import JobUsage
+from tests.support.requirements import SLURMKIT
+from tests.support.run_directories import Made, Slurm
 
 
 def at(age: float) -> str:

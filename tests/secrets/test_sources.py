@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.config.section import Section, ValidationError
 from slurmkit.errors import UserError
@@ -21,6 +20,7 @@ from slurmkit.job.secrets import (
     read_secrets,
     refuse_tokens,
 )
+from tests.support.requirements import SLURMKIT
 
 VALUE = "planted-value-7b1f"
 TOKENS = [

@@ -11,16 +11,17 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, development_cluster
-from parts import REPOSITORY
-from search import Canaries
-from traces import Traces
+
+from tests.support.cluster import Cluster, development_cluster, wait_until
+from tests.support.requirements import REPOSITORY
+from tests.support.secret_search import Canaries
+from tests.support.secret_traces import Traces
 
 LEAK = Path(__file__).with_name("leak.py")
 # For each process that holds them: sha256 of its variables' values. Its environment, not what a tool makes of it.
@@ -45,13 +46,6 @@ def plain_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
     site.write_text("AccountingStoreFlags=job_comment,job_script\n")
     with development_cluster(f"s{secrets.token_hex(3)}", "--nodes", "2", "--conf", str(site)) as own:
         yield own
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
 
 
 def submitted(cluster: Cluster, here: Path, *arguments: str | Path, **environment: str) -> str:

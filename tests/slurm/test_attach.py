@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from containers import Machines, is_over, wait_for, wait_until
-from parts import SLURMKIT
+
+from tests.support.containers import Machines, is_over, wait_for, wait_until
+from tests.support.requirements import SLURMKIT
 
 ODD = 'it\'s $HOME\n`id` "é" \\ end'
 SECRET = "s3cret-of-the-job"

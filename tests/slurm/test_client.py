@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import development_cluster
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm.client import Gres, JobState, Node, Partition, SlurmClient
 from slurmkit.slurm.command import CommandClient
 from slurmkit.slurm.connect import connect
 from slurmkit.slurm.native import NativeClient
+from tests.support.cluster import development_cluster
 
 # Jobs are forgotten as soon as Slurm allows; one partition is unlike the others.
 SITE = """

@@ -9,12 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, development_cluster
 
 from slurmkit.errors import UserError
 from slurmkit.slurm import parse
 from slurmkit.slurm.client import Gres
 from slurmkit.slurm.command import CommandClient, submission_environment
+from tests.support.cluster import Cluster, development_cluster
 
 HELD = "#!/bin/bash\n#SBATCH --output=/dev/null --hold\n"
 

@@ -14,16 +14,15 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, development_cluster
 
 from slurmkit.job.render import render
 from slurmkit.job.spec import DIRECTIVES, JobSpec
+from tests.support.cluster import Cluster, development_cluster, wait_until
 
 NODES = """
 GresTypes=gpu,shard
@@ -152,13 +151,6 @@ def runs(mixed: Cluster) -> Iterator[Runs]:
         yield Runs(folder, jobs)
     finally:
         shutil.rmtree(folder)
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.3)
 
 
 @pytest.mark.parametrize("form", FORMS)

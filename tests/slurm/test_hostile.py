@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts import HOSTILE
 
 from slurmkit.config.section import ValidationError
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
+from tests.support.cluster import Cluster
+from tests.support.requirements import HOSTILE
 
 COUNT = 2000
 _SHELL = "'\"`$\\;&|<>(){}[]*?!~#%@=:,+-. \t\n\r\x1b\x7f\0"

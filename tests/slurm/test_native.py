@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Cluster
 
 from slurmkit.errors import Failure, UserError
 from slurmkit.slurm import command, native
 from slurmkit.slurm.client import Gres, Node
 from slurmkit.slurm.command import CommandClient
 from slurmkit.slurm.connect import connect
+from tests.support.cluster import Cluster
 
 # As much of pyslurm as nodes() and cancel() need; {version} is the Slurm's that is installed.
 HEALTHY = """

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Cluster
-from parts import REPOSITORY
 
 from slurmkit.job.render import render
 from slurmkit.job.settle import Request, settle
+from tests.support.cluster import Cluster
+from tests.support.requirements import REPOSITORY
 
 RUN_FILE = REPOSITORY / "examples/nemo_rl_workplace_assistant.yaml"
 SECRETS = {"HF_TOKEN": "hf-canary", "WANDB_API_KEY": "wandb-canary"}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from conftest import Cluster
-from parts import SLURMKIT
+from tests.support.cluster import Cluster, wait_until
+from tests.support.requirements import SLURMKIT
 
 # A job script of a user's own. `unset` is a known way to start MPI or Ray without Slurm.
 PLAIN = """#!/bin/bash
@@ -26,13 +24,6 @@ sbatch --parsable -J bare plain.sh bare >bare
 until [[ -e up-plain && -e up-bare && -e up-inner && -e up-typed ]]; do sleep 0.2; done
 """
 RAY = ("--set", "ray.object_store_memory=80000000", "--set", "ray.num_cpus=1")
-
-
-def wait_until(holds: Callable[[], object], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def job_of(text: str) -> str:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+
+from tests.support.cluster import Cluster
 
 
 def test_drafted_site_file_passes_lint_and_keeps_the_cluster_limits(cluster: Cluster, shared_path: Path) -> None:

@@ -7,13 +7,12 @@ import os
 import re
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
-from parts import HOSTILE, REPOSITORY, SLURMKIT
+
+from tests.support.cluster import Cluster, wait_until
+from tests.support.requirements import HOSTILE, REPOSITORY, SLURMKIT
 
 # The driver of these tests: asks Ray which nodes are there, as any driver would.
 COUNT = """
@@ -24,13 +23,6 @@ alive = [node for node in ray.nodes() if node["Alive"]]
 gpus = [node["Resources"].get("GPU", 0) for node in alive]
 print(json.dumps({"nodes": sorted(node["NodeManagerHostname"] for node in alive), "gpus": gpus}))
 """
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
 
 
 def job_id_of(output: str) -> str:

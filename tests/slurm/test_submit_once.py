@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, development_cluster
-from parts import SLURMKIT
+
+from tests.support.cluster import Cluster, development_cluster
+from tests.support.requirements import SLURMKIT
 
 SBATCH = """#!/bin/bash
 # An sbatch that does what it is told {times} times and then says that it does not know.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import Cluster
-from parts import SLURMKIT
+from tests.support.cluster import Cluster, wait_until
+from tests.support.requirements import SLURMKIT
 
 OPTIONS = ["--set", "ray.num_cpus=1", "--set", "ray.object_store_memory=100000000", "--time", "10"]
 
@@ -25,13 +23,6 @@ def states(cluster: Cluster, here: Path) -> dict[str, dict[str, Any]]:
     done = cluster.slurmkit(here, "ls", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     return {state["name"]: state for state in json.loads(done.stdout)}
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.3)
 
 
 def test_a_job_is_seen_in_the_queue_while_it_runs_and_at_its_end(cluster: Cluster, shared_path: Path) -> None:

@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import HOSTILE
 
 from slurmkit.errors import UserError
 from slurmkit.job import sandbox
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
+from tests.support.requirements import HOSTILE
 
 EXTENDS = '{% extends "slurmkit/job.sbatch.j2" %}\n'
 BLOCKS = ("directives", "environment", "modules", "attempt", "preflight", "bring_up", "command", "launch", "epilogue")

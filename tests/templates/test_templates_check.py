@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.job.lint import shellcheck
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec
 from slurmkit.job.trace import render_traced
+from tests.support.requirements import SLURMKIT
 
 JOB = "job.sbatch.j2"
 

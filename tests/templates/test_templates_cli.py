@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.job.render import PACKAGED
+from tests.support.requirements import SLURMKIT
 
 SITE = """{% extends "slurmkit/job.sbatch.j2" %}
 {% block directives %}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gym_server import TOOLS, lines, serving
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
@@ -19,6 +18,7 @@ from slurmkit.errors import UserError
 from slurmkit.grpo.credit import make_samples
 from slurmkit.rollout.collect import Group, Sampling, collect
 from slurmkit.rollout.episode import Limits
+from tests.support.gym_server import TOOLS, lines, serving
 
 SERVED = {"backend": "vllm", "vllm_cfg": {"expose_http_server": True}}
 

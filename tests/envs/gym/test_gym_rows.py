@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gym_server import gym_server, lines, row, serving
-from parts import need_shared_data
-from test_resources import configured
 
 from slurmkit.config.schema import TrainConfig
 from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Message, ToolCall
 from slurmkit.envs.gym.rows import read_tasks, row_of
 from slurmkit.errors import UserError
+from tests.envs.gym.test_resources import configured
+from tests.support.gym_server import gym_server, lines, row, serving
+from tests.support.requirements import need_shared_data
 
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
 

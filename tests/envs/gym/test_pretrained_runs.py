@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Run, run
-from gym_server import TOOLS, gym_server, lines
-from parts import SLURMKIT, need_smollm2
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tests.support.driver import Run, run
+from tests.support.gym_server import TOOLS, gym_server, lines
+from tests.support.requirements import SLURMKIT, need_smollm2
 
 pytestmark = pytest.mark.model
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from parts import REPOSITORY, need_shared_data
-from test_resources import configured, play
 
 from slurmkit.envs.domains import make_domain
 from slurmkit.envs.environment import Message, Score, ToolCall
+from tests.envs.gym.test_resources import configured, play
+from tests.support.requirements import REPOSITORY, need_shared_data
 
 _HERE = Path(__file__).parent
 

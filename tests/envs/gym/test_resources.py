@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from groups import completion
-from gym_server import GymServer, gym_server, lines, row
-from tiny import make_tiny_model
 
 from slurmkit.config.data import GymEnv
 from slurmkit.config.schema import TrainConfig
@@ -23,6 +20,9 @@ from slurmkit.generation.engine import Completion, SamplingParams
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.collect import Sampling, collect
 from slurmkit.rollout.episode import Limits
+from tests.support.groups import completion
+from tests.support.gym_server import GymServer, gym_server, lines, row
+from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture

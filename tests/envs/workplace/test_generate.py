@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import SLURMKIT
 
 from slurmkit.config.data import Data, WorkplaceEnv
 from slurmkit.envs.workplace.domain import Workplace
 from slurmkit.envs.workplace.families import FAMILIES
 from slurmkit.envs.workplace.scoring import end_state, reward
 from slurmkit.envs.workplace.tasks import Goal
+from tests.support.requirements import SLURMKIT
 
 
 def make(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

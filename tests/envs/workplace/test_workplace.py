@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import need_shared_data
 
 from slurmkit.config.data import Data, WorkplaceEnv
 from slurmkit.config.load import load_config
@@ -26,6 +25,7 @@ from slurmkit.envs.workplace.scoring import Call, end_state, reward
 from slurmkit.envs.workplace.tasks import Goal
 from slurmkit.envs.workplace.world import World
 from slurmkit.errors import UserError
+from tests.support.requirements import need_shared_data
 
 VERDICTS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.jsonl").read_text().splitlines()]
 

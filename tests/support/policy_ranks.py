@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy
 import torch
-from tiny import tiny_config
 from torch import distributed
 
 from slurmkit.config.model import Policy
@@ -20,6 +19,7 @@ from slurmkit.config.schema import TrainConfig
 from slurmkit.grpo.batch import optimizer_steps, pack
 from slurmkit.grpo.policy_worker import PolicyWorker
 from slurmkit.rollout.sample import Sample
+from tests.support.tiny_model import tiny_config
 
 # With Adam's usual 1e-8 an entry whose gradient is rounding noise moves by a whole learning rate.
 OPTIMIZER = {"kwargs": {"lr": 1e-2, "eps": 1e-3}}

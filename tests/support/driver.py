@@ -15,7 +15,9 @@ from typing import Any
 
 import psutil
 
-TINY = Path(__file__).with_name("grpo") / "tiny.yaml"
+from tests.support.requirements import REPOSITORY
+
+TINY = REPOSITORY / "tests" / "grpo" / "tiny.yaml"
 # Every step is saved and stays, so that any step of another run with the same numbers can be compared with it.
 EVERY_STEP = ("checkpointing.keep_top_k=null", "checkpointing.metric_name=train:reward_mean")
 CANARY = "canary-7f3a-must-not-leave"

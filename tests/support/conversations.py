@@ -20,8 +20,9 @@ from slurmkit.envs.environment import Message, Opening, Score, Task, Tool
 from slurmkit.generation.engine import Completion, FinishReason, SamplingParams
 from slurmkit.rollout.chat import Chat
 from slurmkit.rollout.episode import Episode, Limits, run_episode
+from tests.support.requirements import REPOSITORY
 
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = REPOSITORY / "tests" / "rollout" / "templates"
 ENDS = {"qwen3": "<|im_end|>", "llama3_1": "<|eot_id|>", "nemotron_nano_v2": "<SPECIAL_12>"}
 _OTHERS = {
     "qwen3": ["<|im_start|>"],

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import aiohttp
-from parts import missing
+
+from tests.support.requirements import missing
 
 Answer = TypeVar("Answer")
 _DEADLINE = 60.0

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import Cluster
-from parts import REPOSITORY
-from search import Canaries, Hit, hits_in_files, labels_in
+from tests.support.cluster import Cluster
+from tests.support.requirements import REPOSITORY
+from tests.support.secret_search import Canaries, Hit, hits_in_files, labels_in
 
 _HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ class Traces:
         for machine in self.machines:
             answer = self.cluster.on_node(
                 machine,
-                *(sys.executable, str(_HERE / "search.py"), str(self.since), *own),
+                *(sys.executable, str(_HERE / "secret_search.py"), str(self.since), *own),
                 input=json.dumps(dict(canaries)),
             )
             yield from ((f"{machine}:{path}", label) for path, label in json.loads(answer))

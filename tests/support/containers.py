@@ -10,16 +10,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import Cluster, development_cluster
-from parts import REPOSITORY, missing, need_slurm
+
+from tests.support.cluster import Cluster, development_cluster, wait_until
+from tests.support.requirements import REPOSITORY, missing, need_slurm
 
 # What Python needs beside /usr, wherever this test's own environment keeps it.
 _PYTHON = sorted(
@@ -134,13 +134,6 @@ def container_machines() -> Iterator[Machines]:
             yield Machines(cluster, folder)
     finally:
         shutil.rmtree(folder)
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
 
 
 def wait_for(machines: Machines, path: Path, done: subprocess.CompletedProcess[str]) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from parts import unchanged_environment
-
 from slurmkit.generation.engine import Completion, Request
 from slurmkit.generation.torch_engine import TorchEngine
 from slurmkit.generation.vllm_engine import VllmEngine
 from slurmkit.generation.weights import Weights
+from tests.support.requirements import unchanged_environment
 
 
 class Torch:

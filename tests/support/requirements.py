@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SLURMKIT = Path(sys.executable).with_name("slurmkit")
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 

@@ -1,7 +1,7 @@
 """Looks for planted values everywhere that a job leaves a trace: files, Slurm's answers, processes, Ray.
 
-As a program, `search.py SINCE FOLDER...` reads {label: value} as JSON from standard input, and prints the changed files
-that hold one as JSON: [[path, label], ...]. So it searches a node from the inside.
+As a program, `secret_search.py SINCE FOLDER...` reads {label: value} as JSON from standard input, and prints the
+changed files that hold one as JSON: [[path, label], ...]. So it searches a node from the inside.
 """
 
 from __future__ import annotations
