@@ -19,6 +19,27 @@ if TYPE_CHECKING:
     from tests.support.containers import Machines
 
 
+# The lane of every test that asks for such a fixture; other tests say theirs by a mark.
+_LANES = {"cluster": "slurm", "machines": "slurm", "finished": "ray", "whole": "ray", "browser": "browser"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Select the lane unit if pytest is started without a path and without a mark."""
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
+        config.option.markexpr = "unit"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its lanes, `unit` if it has no other."""
+    lanes = {"ray", "slurm", "vllm", "browser", "faults", "model", "nightly"}
+    for item in items:
+        for fixture in _LANES.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(_LANES[fixture])
+        if not lanes.intersection(mark.name for mark in item.iter_markers()):
+            item.add_marker("unit")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def environment_of_other_modules() -> Iterator[None]:
     """Jobs that later tests submit get this process's environment, as from a user's shell: it stays as it was.

@@ -19,7 +19,7 @@ from slurmkit.job.spec import JobSpec
 PROJECT_FILE = "slurmkit.yaml"
 _PATHS = ("config", "results_dir", "workdir", "python", "templates")
 # SLURMKIT_… that say where to look, and set no key.
-_NOT_KEYS = ("SITE", "PROFILE", "CLIENT", "PYSLURM_PYTHON", "DEVCLUSTER")
+_NOT_KEYS = ("SITE", "PROFILE", "CLIENT", "PYSLURM_PYTHON", "DEVCLUSTER", "HEARTBEAT")
 
 
 class Layer(NamedTuple):

@@ -10,8 +10,21 @@ import time
 from contextlib import suppress
 from typing import Any, Dict, List, Optional, Tuple
 
+
+def _heartbeat() -> float:
+    """Return SLURMKIT_HEARTBEAT in seconds, which tests set: 2 if it is not set."""
+    text = os.environ.get("SLURMKIT_HEARTBEAT", "2")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 60:
+        sys.exit(f"error: SLURMKIT_HEARTBEAT={text} is not a number of seconds above 0 and up to 60")
+    return seconds
+
+
 # Seconds between two signs of life of a node, and between two looks at those of all nodes.
-BEAT = 2.0
+BEAT = _heartbeat()
 # Exit codes of a job: the nodes failed and not the command; all is saved; cancelled.
 NODES_FAILED, INTERRUPTED, CANCELLED = 75, 85, 143
 # Bytes that a reserved file holds, and the errors of a file system or a quota without space.

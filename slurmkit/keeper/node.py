@@ -13,7 +13,7 @@ from slurmkit.keeper.meeting import BEAT, Meeting, size_of, text_of, write
 from slurmkit.keeper.stand_in import StandIn
 
 # Seconds for which a command may end by itself after Ray has lost a node.
-GRACE = 5.0
+GRACE = 2.5 * BEAT
 # Seconds for which processes may write their stacks, after which they end: less than the first node waits for them.
 DUMP = 15.0
 

@@ -9,14 +9,14 @@ from typing import Any, Dict, List, Optional, Tuple
 from slurmkit.keeper.chain import Chain, Limits
 from slurmkit.keeper.follow_up import FollowUp
 from slurmkit.keeper.judge import judge, last_lines, lines_after, may_go_on, why_slurm_ends_it
-from slurmkit.keeper.meeting import BEAT, Meeting, ask, show, size_of, tell
+from slurmkit.keeper.meeting import BEAT, INTERRUPTED, Meeting, ask, show, size_of, tell
 
 # Looks without a new sign of life after which a node is lost: while Ray starts, in training, when the command has
 # ended. They are counted, and not seconds, as a file system that stands still for all is no sign of a dead node.
 STARTING, TRAINING, ENDING = 4, 10, 5
 # Seconds that nodes may take to leave, and to write their stacks; that srun may take to end when all have left; for
 # which a mark that ends the job is tried again if there is no space for it: Slurm's KillWait is 30 s.
-LEAVING, STACKS, STEP, MARK = 30.0, 20.0, 5.0, 20.0
+LEAVING, STACKS, STEP, MARK = 15 * BEAT, 20.0, 2.5 * BEAT, 20.0
 
 
 class Watch:
@@ -65,7 +65,20 @@ class Watch:
             return int(self._meeting.text("code"))
         if self._meeting.has("signal.TERM"):
             self._ask_slurm()
+        self._await_silent_nodes()
         return self.conclude()
+
+    def _await_silent_nodes(self) -> None:
+        """Look on if the command failed and a node did not leave: srun may end before its signs of life are missed."""
+        deadline = time.monotonic() + (ENDING + 3) * BEAT
+        while (
+            self._meeting.text("exit_code") not in ("", "0", str(INTERRUPTED))
+            and not (self._why or self._meeting.of("failed") or self._meeting.of("bad"))
+            and len({*self._meeting.of("left"), *self._meeting.of("leaving")}) < self._nodes
+            and time.monotonic() < deadline
+        ):
+            self.look()
+            time.sleep(BEAT / 10)
 
     def _end(self, *_: Any) -> None:
         self._is_over = True

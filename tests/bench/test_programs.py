@@ -48,6 +48,8 @@ def test_a_python_without_slurmkit_is_refused_before_a_cluster_is_started(
         programs["bringup"].cluster_of(1, "bench").__enter__()
 
 
+@pytest.mark.slurm
+@pytest.mark.nightly
 def test_bringup_works_from_a_clone_and_an_environment_in_tmp() -> None:
     need_slurm()
     folder = Path(tempfile.mkdtemp(prefix="slurmkit clone ", dir="/tmp"))

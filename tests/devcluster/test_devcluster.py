@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.requirements import REPOSITORY, need_slurm
 
+pytestmark = pytest.mark.slurm
+
 SCRIPT = REPOSITORY / "scripts" / "devcluster"
 QUOTED = shlex.quote(str(SCRIPT))
 PREFIX = f"t{os.getpid()}"  # two test runs on one machine do not meet

@@ -321,6 +321,7 @@ def test_doctor_finds_leftovers_of_dead_jobs_and_ignores_live_jobs(cluster: Clus
     assert seen["found"].startswith("/dev/shm/old, /tmp/sk-999999.0: used by no job or process; 0.00 GiB")
 
 
+@pytest.mark.slurm
 def test_a_node_with_little_shared_memory_and_a_small_tmp_is_warned_about(shared_path: Path) -> None:
     sizes = ["--shm-size", "64m", "--tmp-size", "100m"]
     with development_cluster(f"small{os.getpid()}", "--nodes", "1", "--no-accounting", *sizes) as small:

@@ -61,6 +61,7 @@ def asked(settings: Settings, python: Path, folder: Path, answer: Any) -> tuple[
         return ask(settings, python, folder, url, KEY, lambda: None), requests
 
 
+@pytest.mark.vllm
 def test_right_answers_score_1_and_nonsense_scores_1_only_on_irrelevance(
     python: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -91,6 +92,7 @@ def test_right_answers_score_1_and_nonsense_scores_1_only_on_irrelevance(
     assert note.startswith("no overall: simple_java, ")
 
 
+@pytest.mark.vllm
 def test_requests_that_fail_are_told_as_bfcl_eval_takes_them_for_replies(python: Path, tmp_path: Path) -> None:
     first: list[str] = []
 
@@ -111,6 +113,7 @@ def test_requests_that_fail_are_told_as_bfcl_eval_takes_them_for_replies(python:
         refuse_silence({"irrelevance": {"size": 240, "entries": failed}})
 
 
+@pytest.mark.vllm
 def test_evaluate_bfcl_serves_and_scores_a_model_and_leaves_no_server(
     python: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +142,7 @@ def test_evaluate_bfcl_serves_and_scores_a_model_and_leaves_no_server(
     assert not _serving(model)
 
 
+@pytest.mark.vllm
 def test_a_seeded_request_with_a_long_prompt_is_answered(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +162,7 @@ def _serving(model: Path) -> list[psutil.Process]:
     return [each for each in psutil.process_iter(["cmdline"]) if words <= set(each.info["cmdline"] or ())]
 
 
+@pytest.mark.vllm
 def test_a_server_that_exceeds_its_timeout_is_killed_and_its_log_is_shown(model: Path, tmp_path: Path) -> None:
     log = tmp_path / "server.log"
     began = time.monotonic()
@@ -170,6 +175,7 @@ def test_a_server_that_exceeds_its_timeout_is_killed_and_its_log_is_shown(model:
     assert not _serving(model)
 
 
+@pytest.mark.vllm
 def test_a_server_that_ends_says_why_and_who_asks_it_goes_on_no_longer(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +191,7 @@ def test_a_server_that_ends_says_why_and_who_asks_it_goes_on_no_longer(
         pass
 
 
+@pytest.mark.vllm
 def test_asking_ends_when_the_server_dies(python: Path, tmp_path: Path) -> None:
     def dead() -> None:
         raise Failure("vLLM's server has died with exit code -9")
@@ -208,6 +215,7 @@ def waiting(python: Path, model: Path, tmp_path: Path) -> Iterator[subprocess.Po
     process.communicate()
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_however_an_evaluation_ends_its_server_ends_with_it(
     waiting: subprocess.Popen[str], model: Path, number: signal.Signals

@@ -14,7 +14,7 @@ from slurmkit.evaluate.bfcl import Settings
 from slurmkit.evaluate.server import vllm_server
 from tests.support.requirements import need_smollm2
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.vllm, pytest.mark.model]
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 

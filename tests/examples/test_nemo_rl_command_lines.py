@@ -21,6 +21,8 @@ from tests.support.cluster import Cluster
 from tests.support.driver import Run
 from tests.support.requirements import REPOSITORY, SLURMKIT
 
+pytestmark = pytest.mark.ray
+
 CONFIG = "examples/nemo_gym/grpo_workplace_assistant_nemotron_nano_v2_9b.yaml"
 TINY = f"""\
 defaults: {REPOSITORY}/examples/grpo_workplace_assistant.yaml

@@ -32,6 +32,8 @@ def test_no_pair_of_numbers_is_both_trained_and_validated_on() -> None:
     assert frozenset([2]) not in train | held_out, "the prompt shows 2 + 2"
 
 
+@pytest.mark.ray
+@pytest.mark.model
 @pytest.mark.model
 def test_the_real_model_takes_two_steps_and_answers_in_the_shown_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,10 +23,11 @@ import pytest
 from slurmkit.job.keeper_file import keeper_text, name_of_keeper
 from slurmkit.job.render import render
 from slurmkit.job.spec import JobSpec, RayOptions, UntilDone
-from tests.support.cluster import DEVCLUSTER, Cluster, development_cluster, wait_until
+from tests.support.cluster import DEVCLUSTER, HEARTBEAT, Cluster, development_cluster, wait_until
 
+BEAT = float(HEARTBEAT)
 REPEAT = range(int(os.environ.get("FAULTS_REPEAT", "1")))
-pytestmark = pytest.mark.parametrize("run", REPEAT)
+pytestmark = [pytest.mark.slurm, pytest.mark.faults, pytest.mark.parametrize("run", REPEAT)]
 # Makes steps until `last`, and on USR2 saves where it stands; a next attempt goes on from there.
 DRIVER = """
 import signal, sys, time
@@ -159,6 +160,7 @@ def here(machines: Cluster) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="slurmkit test ", dir="/var/tmp"))
     for name, text in (("driver.py", DRIVER), ("hang.py", HANG), ("eat.py", EAT), ("steps.py", STEPS)):
         (path / name).write_text(text)
+    nodes_are_idle(machines)
     yield path
     machines.ask("scancel", "--user", "root")
     wait_until(lambda: machines.ask("squeue", "-h").strip() == "", "no job is left", 120)
@@ -180,20 +182,35 @@ def tell(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
 
 def submit(
     cluster: Cluster, here: Path, *options: str, nodes: int = 2, job: str = "", command: Sequence[str] = ("driver.py",),
-    **environ: str,
+    ray: bool = False, **environ: str,
 ) -> Job:  # fmt: skip
     (here / "job.yaml").write_text(
         f"name: x\nnodes: {nodes}\ntime: 10\nray: {{num_cpus: 1, object_store_memory: 100000000}}\n{job}"
     )
     words = command if len(command) > 1 else (sys.executable, *command)
-    done = cluster.slurmkit(here, "submit", "job.yaml", *options, "--", *words, **environ)
+    done = cluster.slurmkit(here, "submit", "job.yaml", *options, "--", *words, ray=ray, **environ)
     found = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)
     assert found, done.stdout + done.stderr
     return Job(cluster, here, found[1])
 
 
-def machine(cluster: Cluster, *words: str) -> None:
-    subprocess.run([DEVCLUSTER, words[0], "--name", cluster.name, *words[1:]], check=True, timeout=120)
+def machine(cluster: Cluster, command: str, node: str) -> None:
+    """Kill or start a node, as scripts/devcluster does."""
+    subprocess.run([DEVCLUSTER, command, "--name", cluster.name, node], check=True, timeout=120)
+    if command == "start-node":
+        end_completing(cluster, node)
+
+
+def end_completing(cluster: Cluster, node: str) -> None:
+    """Make slurmctld give up the jobs that a node has lost, for which it would wait for a minute."""
+    cluster.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    cluster.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    nodes_are_idle(cluster)
+
+
+def nodes_are_idle(cluster: Cluster) -> None:
+    """Wait until jobs may run on all nodes: `idle*` is a node that does not answer."""
+    wait_until(lambda: set(cluster.ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "all nodes are idle")
 
 
 def kill_raylet(cluster: Cluster, node: str) -> None:
@@ -229,7 +246,7 @@ def test_a_node_that_dies_during_bring_up_ends_the_job_and_is_named(
     tell("node dead in bring-up, until the job's end is written", end["ended"] - began)
     try:
         assert (end["code"], end["bad_nodes"]) == (75, ["node2"])
-        assert "node node2: no sign of life for 8 s; the end of " in job.output()
+        assert f"node node2: no sign of life for {4 * BEAT:g} s; the end of " in job.output()
         assert "node 1 of 2: node2" in job.output(), "the tail of its log"
         assert end["ended"] - began < 30
         wait_until(lambda: left_on(machines, "node1") == [], "all is down", 10)
@@ -267,8 +284,8 @@ def test_a_node_death_in_training_is_detected_and_the_run_resumes(
     tell("node dead in training, until the job's end is written", end["ended"] - began)
     try:
         assert (end["code"], end["bad_nodes"], end["goes_on"]) == (75, ["node2"], True)
-        seconds = {"the driver": 10, "slurmkit": 20}[first]
-        assert f"node node2: no sign of life for {seconds} s" in job.output()
+        beats = {"the driver": 5, "slurmkit": 10}[first]
+        assert f"node node2: no sign of life for {beats * BEAT:g} s" in job.output()
         assert end["ended"] - began < 45
         wait_until(lambda: left_of(machines, "node1", f"{job.job_id}.0") == "", "all of it is down", 10)
         job.is_up(following)
@@ -297,7 +314,7 @@ def test_if_node_one_dies_the_second_ends_the_job_and_the_run_resumes(
         end = job.end()
         tell("first node dead in training, until the job's end is written", end["ended"] - began)
         assert (end["code"], end["bad_nodes"], end["goes_on"], end["cancelled"]) == (75, ["node1"], True, False)
-        assert end["reason"] == "node node1: no sign of life for 20 s"
+        assert end["reason"] == f"node node1: no sign of life for {10 * BEAT:g} s"
         job.is_up(following)
         (here / "enough").touch()
         assert job.end(following)["code"] == 0
@@ -335,9 +352,9 @@ def kill_on(cluster: Cluster, node: str, name: str, number: int = 9) -> None:
 @pytest.mark.parametrize(
     ("fault", "reason", "bad_node"),
     [
-        ("node dies", "no sign of life", "node2"),
+        pytest.param("node dies", "no sign of life", "node2", marks=pytest.mark.nightly),
         ("raylet hangs", "Ray has marked it dead", "node2"),
-        ("no network", "Ray has marked it dead", "node2"),
+        pytest.param("no network", "Ray has marked it dead", "node2", marks=pytest.mark.nightly),
         ("GCS dies", "its GCS died", "node1"),
     ],
 )
@@ -345,7 +362,7 @@ def test_a_command_that_fails_because_of_a_node_is_resumed_without_it(
     machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int, fault: str, reason: str, bad_node: str
 ) -> None:
     (here / "find.sh").write_text(ELSEWHERE)
-    job = submit(machines, here, "--until-done", command=("bash", "find.sh", "steps.py"))
+    job = submit(machines, here, "--until-done", command=("bash", "find.sh", "steps.py"), ray=True)
     job.is_up()
     following = job.next()
     began = time.time()
@@ -368,7 +385,9 @@ def test_a_command_that_fails_because_of_a_node_is_resumed_without_it(
     finally:
         if fault == "node dies":
             machine(machines, "start-node", "node2")
-        machines.on_node("node2", "ip", "link", "set", "eth0", "up")
+        elif fault == "no network":
+            machines.on_node("node2", "ip", "link", "set", "eth0", "up")
+            end_completing(machines, "node2")
 
 
 def test_a_driver_that_fails_ends_the_run_with_its_code_and_its_last_words(
@@ -399,7 +418,7 @@ def test_a_kernel_memory_kill_is_reported_with_the_limit_and_the_peak(
     (here / "find.sh").write_text('read -r _ X _ <"$SK_MEET/ready.1"; export X; exec python eat.py')
     job = submit(
         machines, here, job=f"setup: ['{setup}']\nenv: {{RAY_memory_monitor_refresh_ms: '0'}}\n",
-        command=("bash", "find.sh"),
+        command=("bash", "find.sh"), ray=True,
     )  # fmt: skip
     end = job.end()
     assert end["bad_nodes"] == []
@@ -411,7 +430,7 @@ def test_a_worker_that_ray_kills_for_memory_is_told_with_used_and_limit(
     machines: Cluster, here: Path, run: int
 ) -> None:
     job = submit(
-        machines, here, nodes=1, command=("eat.py",),
+        machines, here, nodes=1, command=("eat.py",), ray=True,
         job="env: {RAY_memory_usage_threshold: '0.01', RAY_memory_monitor_refresh_ms: '100'}\n",
     )  # fmt: skip
     end = job.end()
@@ -423,7 +442,7 @@ def test_without_progress_all_stacks_are_written_and_the_job_ends(
     machines: Cluster, here: Path, tell: Callable[[str, float], None], run: int
 ) -> None:
     (here / "find.sh").write_text('read -r _ ELSEWHERE _ <"$SK_MEET/ready.1"; export ELSEWHERE; exec python hang.py')
-    job = submit(machines, here, job="watchdog: 0.4\n", command=("bash", "find.sh"))
+    job = submit(machines, here, job="watchdog: 0.4\n", command=("bash", "find.sh"), ray=True)
     job.is_up()
     began = time.time()
     end = job.end()
@@ -511,6 +530,10 @@ def test_scancel_ends_everything_and_the_follow_up_too(
 def test_a_controller_that_restarts_is_not_noticed_by_a_running_job(machines: Cluster, here: Path, run: int) -> None:
     job = submit(machines, here, "--until-done")
     job.is_up()
+    job.next()
+    # One that is killed before it has saved that the job runs starts it once more, as the test below has it.
+    state, began = Path(machines.configuration).parents[1] / "local/slurmctld/job_state", time.time()
+    wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld has saved its state")
     machines.on_node("controller", "sh", "-c", "kill -9 $(pidof slurmctld)")
     time.sleep(3)
     machines.on_node("controller", "slurmctld")
@@ -581,7 +604,7 @@ def test_until_done_stops_after_three_attempts_without_a_newer_checkpoint(
     # The first attempt makes a checkpoint and dies; the three after it die without one.
     command = "[[ -e enough ]] || { mkdir -p results/x/step_1; touch results/x/step_1/manifest.json enough; }; exit 75"
     spec = JobSpec(
-        name="x", time="10", python=sys.executable, workdir=str(here), run_dir=str(run_dir), config="seed: 1\n",
+        name="x", time="10", python=machines.stub_python, workdir=str(here), run_dir=str(run_dir), config="seed: 1\n",
         command=("bash", "-c", command), until_done=UntilDone(enabled=True),
         ray=RayOptions(num_cpus=1, object_store_memory=100_000_000),
     )  # fmt: skip

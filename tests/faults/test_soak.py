@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.requirements import REPOSITORY, need_slurm
+
+pytestmark = [pytest.mark.slurm, pytest.mark.faults, pytest.mark.nightly]
 
 
 def test_a_run_killed_at_random_times_ends_like_an_undisturbed_run(tmp_path: Path) -> None:

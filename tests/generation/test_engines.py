@@ -52,7 +52,7 @@ def reference(model_path: Path) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=[Torch, Vllm])
+@pytest.fixture(scope="module", params=[Torch, pytest.param(Vllm, marks=pytest.mark.vllm)])
 def engine(model_path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine = request.param(model_path, precision="float32", max_total_length=MAX_TOTAL_LENGTH, max_batch_size=64)
     yield engine

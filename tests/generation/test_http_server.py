@@ -77,6 +77,7 @@ def full_forward(model: Path, prompt: list[int], token_ids: list[int]) -> list[f
     return [float(logprobs[len(prompt) - 1 + place, token]) for place, token in enumerate(token_ids)]
 
 
+@pytest.mark.vllm
 def test_a_response_includes_token_ids_and_logprobs_for_training(vllm: Vllm, folder: Path, model: Path) -> None:
     body = {"messages": MESSAGES, "max_tokens": 20, "seed": 1, "logprobs": True, "return_token_ids": True}
     status, answer, versions = vllm.do(ask(folder, "chat/completions", body))
@@ -93,6 +94,7 @@ def test_a_response_includes_token_ids_and_logprobs_for_training(vllm: Vllm, fol
     assert logprobs == pytest.approx(full_forward(model, prompt, token_ids), abs=1e-5)
 
 
+@pytest.mark.vllm
 def test_requests_with_a_wrong_key_are_rejected_and_the_key_is_private(vllm: Vllm, folder: Path) -> None:
     for path in ("chat/completions", "../invocations", "../metrics"):
         status, answer, _ = vllm.do(ask(folder, path, {"messages": MESSAGES}, key="wrong"))
@@ -101,6 +103,7 @@ def test_requests_with_a_wrong_key_are_rejected_and_the_key_is_private(vllm: Vll
     assert oct((folder / "api_key").stat().st_mode)[-3:] == "600"
 
 
+@pytest.mark.vllm
 def test_a_weight_load_waits_for_running_requests_and_applies_to_the_next(
     vllm: Vllm, folder: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_weight_load_waits_for_running_requests_and_applies_to_the_next(
     assert set(own.weight_versions) == {5}
 
 
+@pytest.mark.vllm
 def test_a_plugin_registers_a_tool_parser_with_vllm(vllm: Vllm, folder: Path) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     body = {"messages": MESSAGES, "tools": [tool], "max_tokens": 3}

@@ -46,7 +46,7 @@ def prompts(model_path: Path) -> list[tuple[int, ...]]:
     return [chat.prompt_ids([Message("user", question)]) for question in QUESTIONS]
 
 
-@pytest.fixture(scope="module", params=[Torch, Vllm])
+@pytest.fixture(scope="module", params=[Torch, pytest.param(Vllm, marks=pytest.mark.vllm)])
 def engine(model_path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine = request.param(model_path, precision="float32", max_total_length=128, max_batch_size=16)
     yield engine

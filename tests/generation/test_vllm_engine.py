@@ -58,6 +58,7 @@ def processes_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+@pytest.mark.vllm
 def test_a_short_request_overtakes_a_long_one_and_a_dead_process_fails_it(tmp_path: Path) -> None:
     vllm = Vllm(make_model(tmp_path / "model"), **SETTINGS)
     # Greedy, so that the end token is unlikely to end it.
@@ -110,6 +111,7 @@ def logprobs_of(model: Path, request: Request, completion: Completion) -> torch.
     return logprobs.gather(-1, ids[0, len(request.prompt_ids) :, None])[:, 0]
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("in_flight", [True, False])
 def test_running_requests_use_new_weights_only_with_in_flight_updates(tmp_path: Path, in_flight: bool) -> None:
     old, new = make_model(tmp_path / "old"), make_tiny_model(tmp_path / "new", seed=1, **SHAPE)
@@ -145,6 +147,7 @@ def test_running_requests_use_new_weights_only_with_in_flight_updates(tmp_path: 
     vllm.end()
 
 
+@pytest.mark.vllm
 def test_a_two_process_engine_samples_as_one_before_and_after_streaming(tmp_path: Path) -> None:
     shape = SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
     old, new = (make_tiny_model(tmp_path / str(seed), seed=seed, **shape) for seed in range(2))
@@ -182,6 +185,7 @@ def test_a_two_process_engine_samples_as_one_before_and_after_streaming(tmp_path
 
 # Alone it runs in vLLM's scheduler's process, two have one each.
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.vllm
 def test_an_engine_that_is_killed_leaves_no_process_and_no_file(tmp_path: Path, workers: int) -> None:
     shape = SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
     model, script = make_tiny_model(tmp_path / "model", **shape), tmp_path / "start.py"

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.driver import TINY, run, two_ray_nodes
 
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+
 APART = (
     "cluster.num_nodes=2",
     "policy.generation.colocated.enabled=false",

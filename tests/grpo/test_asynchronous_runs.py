@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.driver import EVERY_STEP, TINY, Run, ended, last_logged, run, start, until, without_times
 
+pytestmark = pytest.mark.ray
+
 ASYNCHRONOUS = (
     "grpo.async_grpo.enabled=true",
     "grpo.async_grpo.max_trajectory_age_steps=2",

@@ -114,6 +114,7 @@ def test_nothing_temporary_stays(whole: Run) -> None:
     assert not [command for command in running if str(whole.folder) in " ".join(command)]
 
 
+@pytest.mark.ray
 def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Path) -> None:
     rows = [f"data.{name}.data_path={need_shared_data('gsm8k/test.jsonl')}" for name in ("train", "validation")]
     done = run(
@@ -134,6 +135,8 @@ def test_rows_that_the_model_cannot_solve_end_the_run_with_a_reason(tmp_path: Pa
     assert (tmp_path / "latest").resolve().name == "step_2"
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_a_dead_or_hung_engine_restarts_and_the_metrics_do_not_change(whole: Run, tmp_path: Path) -> None:
     stalls = "policy.generation.stall_timeout_seconds=20"
     driver = start(tmp_path, ARITHMETIC, *SHORT, "grpo.max_num_steps=4", stalls)
@@ -155,6 +158,8 @@ def test_a_dead_or_hung_engine_restarts_and_the_metrics_do_not_change(whole: Run
     assert disturbed == undisturbed
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 @pytest.mark.parametrize("actor", ["policy rank 0", "engine 0"])
 def test_the_death_of_an_actor_without_restarts_ends_the_run_with_its_name(tmp_path: Path, actor: str) -> None:
     process = start(tmp_path, ARITHMETIC, *SHORT, "policy.generation.max_restarts=0")
@@ -174,6 +179,7 @@ def test_the_death_of_an_actor_without_restarts_ends_the_run_with_its_name(tmp_p
     assert "Traceback" not in errors
 
 
+@pytest.mark.ray
 def test_a_run_too_large_for_ray_logs_requested_and_available_resources(tmp_path: Path) -> None:
     overrides = ("cluster.num_nodes=2", "cluster.placement_timeout_seconds=2")
     done = run(tmp_path, ARITHMETIC, *SHORT, "policy.from_scratch.supervised_steps=0", *overrides)
@@ -221,6 +227,8 @@ def test_a_configuration_is_read_without_importing_what_is_slow() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.ray
+@pytest.mark.nightly
 def test_the_arithmetic_example_learns(tmp_path: Path) -> None:
     done = run(tmp_path, ARITHMETIC, "grpo.max_num_steps=80", timeout=550)
     assert done.code == 0, done.errors

@@ -93,6 +93,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return done
 
 
+@pytest.mark.faults
+@pytest.mark.nightly
 def test_a_run_killed_repeatedly_has_the_metrics_of_an_uninterrupted_run(whole: Run, tmp_path: Path) -> None:
     attempts = Attempts(tmp_path / "run")
     folder = attempts.folder
@@ -143,6 +145,7 @@ def test_a_run_killed_repeatedly_has_the_metrics_of_an_uninterrupted_run(whole: 
     assert {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")} == {run_id}
 
 
+@pytest.mark.faults
 def test_slurmkit_run_ends_its_training_when_killed_and_resumes_at_once(whole: Run, tmp_path: Path) -> None:
     command = [SLURMKIT, "run", "--config", TINY, "--name", "x"]
     folder = tmp_path / "results/x"

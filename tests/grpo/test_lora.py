@@ -134,6 +134,7 @@ def test_the_frozen_model_is_held_in_the_type_that_is_computed_with(model_path: 
     assert embeddings.equal(before["model.embed_tokens.weight"].bfloat16().float())
 
 
+@pytest.mark.ray
 def test_a_lora_run_resumes_exactly_and_refuses_another_starting_model(
     tmp_path: Path,
 ) -> None:

@@ -18,6 +18,8 @@ from slurmkit.grpo import cluster
 from tests.support.requirements import REPOSITORY
 from tests.support.tiny_model import tiny_config
 
+pytestmark = pytest.mark.ray
+
 # Brings up the nodes, then answers each configuration with the layout: for each rank and engine, node and GPUs.
 PROGRAM = """
 import json, os, sys

@@ -24,6 +24,7 @@ SAMPLED = Path(__file__).with_name("sampled.yaml")
 STOP = ("grpo.stop_at_validation_metric=val:pass@2", "grpo.stop_at_validation_threshold=0.0")
 
 
+@pytest.mark.ray
 def test_a_run_stopped_at_a_threshold_resumes_exactly_without_threshold(tmp_path: Path) -> None:
     rows = [{"question": f"{number}+{other}", "answer": str(number + other)} for number in range(5) for other in (1, 2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

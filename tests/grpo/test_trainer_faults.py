@@ -22,6 +22,8 @@ from tests.support.requirements import missing
 LONG = "grpo.max_num_steps=100000"
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path) -> None:
     driver = start(tmp_path, TINY, "policy.from_scratch.supervised_steps=100000")
     assert driver.stdout is not None
@@ -33,6 +35,8 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path) -> None:
     assert left.output == "interrupted before a step was finished: there is nothing to save\n"
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_without_checkpoints_an_interrupt_says_that_nothing_is_saved(tmp_path: Path) -> None:
     driver = start(tmp_path, TINY, LONG, "checkpointing.enabled=false", new_session=True)
     until(lambda: last_logged(tmp_path) > 0, driver)
@@ -46,6 +50,8 @@ def test_without_checkpoints_an_interrupt_says_that_nothing_is_saved(tmp_path: P
     assert left.output.endswith(f"interrupted after step {step}: nothing is saved, as checkpointing.enabled is false\n")
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_a_second_signal_ends_a_driver_whose_save_cannot_be_finished(tmp_path: Path) -> None:
     driver = start(tmp_path, TINY, LONG)
     until(lambda: last_logged(tmp_path) > 0, driver)
@@ -61,6 +67,8 @@ def test_a_second_signal_ends_a_driver_whose_save_cannot_be_finished(tmp_path: P
     assert not left
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         missing("a file system of a given size needs root")
@@ -83,6 +91,8 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> 
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_an_actor_that_ray_kills_for_memory_is_named_with_the_figures(tmp_path: Path) -> None:
     done = run(tmp_path, TINY, RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100")
     assert done.code == 75
@@ -97,6 +107,8 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
         yield nodes
 
 
+@pytest.mark.ray
+@pytest.mark.faults
 def test_a_lost_node_is_named_and_what_is_left_goes_on_until_ray_is_lost(
     two_nodes: tuple[str, list[psutil.Process]], tmp_path: Path
 ) -> None:

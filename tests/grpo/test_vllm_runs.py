@@ -47,6 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return done
 
 
+@pytest.mark.vllm
 def test_vllm_samples_with_the_policys_weights_after_every_update(whole: Run) -> None:
     errors = whole.values("train:token_mult_prob_error")
     assert len(errors) >= 3
@@ -55,6 +56,7 @@ def test_vllm_samples_with_the_policys_weights_after_every_update(whole: Run) ->
     assert "WARNING" not in whole.errors + whole.output
 
 
+@pytest.mark.vllm
 def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder, symlinks=True)
@@ -67,6 +69,8 @@ def test_a_run_on_vllm_that_goes_on_draws_what_it_would_have_drawn(whole: Run, t
     assert again.values("train:loss") == pytest.approx(whole.values("train:loss"), abs=1e-4)
 
 
+@pytest.mark.ray
+@pytest.mark.vllm
 def test_agents_sample_over_http_while_the_policy_trains_asynchronously(
     tmp_path: Path,
 ) -> None:
@@ -111,6 +115,9 @@ def engine_core(driver: subprocess.Popen[str]) -> psutil.Process | None:
     return None
 
 
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.faults
 def test_a_dead_vllm_engine_restarts_until_the_limit_ends_the_run_cleanly(
     tmp_path: Path,
 ) -> None:

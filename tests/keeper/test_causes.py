@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slurmkit.keeper import follow_up, node
+from slurmkit.keeper import follow_up, node, watch
 from slurmkit.keeper.chain import Chain, Limits, begin
 from slurmkit.keeper.follow_up import FollowUp
 from slurmkit.keeper.judge import judge, lines_after
@@ -246,6 +246,19 @@ def test_a_first_node_that_answers_again_leaves_the_end_to_the_second(
     assert Watch(meeting, FOR_EVER, None, "", stands_in=True).until_over() == 75
     assert json.loads(Path(meeting.folder, "end.json").read_text())["goes_on"] is True
     assert not Path(tmp_path, "cancelled").exists()
+
+
+def test_a_node_that_died_is_named_though_srun_has_ended_at_once(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "BEAT", 0.1)
+    for name, text in {"alive.0": "node1 3", "alive.1": "node2 3", "started": "1", "exit_code": "75"}.items():
+        meeting.publish(name, text)
+    meeting.publish("srun", str(2**22 + 1))  # no process
+    meeting.publish("left.0", "0")
+    meeting.publish("over", "75 srun ended with 137")
+    assert Watch(meeting, FOR_EVER._replace(until_done=False), None, "").until_over() == 75
+    assert json.loads(Path(meeting.folder, "end.json").read_text())["bad_nodes"] == ["node2"]
 
 
 def test_a_second_node_ends_the_job_once(meeting: Meeting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

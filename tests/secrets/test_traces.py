@@ -23,6 +23,8 @@ from tests.support.requirements import REPOSITORY
 from tests.support.secret_search import Canaries
 from tests.support.secret_traces import Traces
 
+pytestmark = pytest.mark.slurm
+
 LEAK = Path(__file__).with_name("leak.py")
 # For each process that holds them: sha256 of its variables' values. Its environment, not what a tool makes of it.
 ENVIRONMENTS = """
@@ -49,7 +51,7 @@ def plain_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 
 
 def submitted(cluster: Cluster, here: Path, *arguments: str | Path, **environment: str) -> str:
-    done = cluster.slurmkit(here, "submit", "-N", "2", *arguments, **environment)
+    done = cluster.slurmkit(here, "submit", "-N", "2", *arguments, ray=True, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout.split()[1]

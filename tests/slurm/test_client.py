@@ -20,6 +20,8 @@ from slurmkit.slurm.connect import connect
 from slurmkit.slurm.native import NativeClient
 from tests.support.cluster import development_cluster
 
+pytestmark = pytest.mark.slurm
+
 # Jobs are forgotten as soon as Slurm allows; one partition is unlike the others.
 SITE = """
 MinJobAge=2

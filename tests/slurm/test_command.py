@@ -149,6 +149,7 @@ def test_time_limits_are_minutes(text: str, minutes: int | None) -> None:
     assert parse.minutes(text) == minutes
 
 
+@pytest.mark.slurm
 def test_forgotten_job_without_accounting_is_unknown_and_no_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

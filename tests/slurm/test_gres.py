@@ -24,6 +24,8 @@ from slurmkit.job.render import render
 from slurmkit.job.spec import DIRECTIVES, JobSpec
 from tests.support.cluster import Cluster, development_cluster, wait_until
 
+pytestmark = pytest.mark.slurm
+
 NODES = """
 GresTypes=gpu,shard
 DefMemPerCPU=1000
@@ -132,7 +134,7 @@ def runs(mixed: Cluster) -> Iterator[Runs]:
         if "mem_per_gpu" in keys:
             del keys["mem_per_cpu"]
         words = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
-        done = mixed.slurmkit(folder, "submit", "--name", name, *words, "--", *command)
+        done = mixed.slurmkit(folder, "submit", "--name", name, *words, "--", *command, ray=name.startswith("form"))
         assert done.returncode == 0, f"{name}: {done.stderr}"
         jobs[name] = re.findall(r"^job +(\d+)$", done.stdout, re.MULTILINE)[0]
 

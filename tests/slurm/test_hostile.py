@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,7 +117,7 @@ for ((i = 0; i < $#; i++)); do name=V$i; printf '%s\\0' "${!name}"; done >enviro
             folder,
             env={f"V{number}": value for number, value in enumerate(batch)},
             command=["bash", "-c", show, "zero", *batch],
-            python=sys.executable,
+            python=cluster.stub_python,
         )
         path = folder / "job.sbatch"
         path.write_text(render(job), encoding="utf-8")

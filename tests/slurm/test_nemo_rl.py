@@ -52,7 +52,7 @@ def test_uv_gets_nemo_rl_s_own_command_once_with_the_address_of_our_ray(cluster:
     job["setup"] = [f"export PATH='{folder}':$PATH"]
     (shared_path / "job.yaml").write_text(yaml.safe_dump(job))
     done = cluster.slurmkit(
-        shared_path, "submit", "--wait", "job.yaml", timeout=120, NEMO_RL=str(shared_path), **SECRETS
+        shared_path, "submit", "--wait", "job.yaml", timeout=120, ray=True, NEMO_RL=str(shared_path), **SECRETS
     )
     log = shared_path / "results/nemo-rl-workplace-assistant/attempts/latest/driver.log"
     assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")

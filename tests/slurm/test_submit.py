@@ -55,7 +55,7 @@ def test_the_command_starts_when_every_node_and_gpu_is_registered(
     (shared_path / "count.py").write_text(COUNT)
     done = cluster.slurmkit(
         shared_path, "submit", "--wait", "-N", str(nodes), "--gres", "gpu:h100:8", "--name", "count",
-        "--", "python", "count.py",
+        "--", "python", "count.py", ray=True,
     )  # fmt: skip
     run_dir = shared_path / "results/count"
     log = run_dir / "attempts/latest/driver.log"
@@ -217,7 +217,7 @@ def test_two_jobs_share_nodes_at_the_same_time_and_see_only_their_own_ray(cluste
     for me, other in (("one", "two"), ("two", "one")):
         done = cluster.slurmkit(
             shared_path, "submit", "-N", "2", "--set", "nodelist=node[3-4]", "--gres", "gpu:h100:4",
-            "--name", me, "--", "bash", "-c", script, "x", me, other,
+            "--name", me, "--", "bash", "-c", script, "x", me, other, ray=True,
         )  # fmt: skip
         jobs[me] = job_id_of(done.stdout)
     wait_until(lambda: not any(is_active(cluster, job) for job in jobs.values()), "both jobs end", 180)
@@ -303,7 +303,7 @@ def test_the_example_trains_across_all_nodes(cluster: Cluster, shared_path: Path
     done = cluster.slurmkit(
         shared_path, "submit", "--wait", "-N", str(nodes), "--config", REPOSITORY / "examples/grpo_arithmetic.yaml",
         "grpo.max_num_steps=2", "++grpo.num_prompts_per_step=8",
-        "policy.from_scratch.supervised_steps=300", "grpo.max_val_samples=16",
+        "policy.from_scratch.supervised_steps=300", "grpo.max_val_samples=16", ray=True,
     )  # fmt: skip
     run_dir = shared_path / "results/grpo_arithmetic"
     assert done.returncode == 0, done.stdout + (run_dir / "attempts/latest/driver.log").read_text()

@@ -15,6 +15,8 @@ import pytest
 from tests.support.cluster import Cluster, development_cluster
 from tests.support.requirements import SLURMKIT
 
+pytestmark = pytest.mark.slurm
+
 SBATCH = """#!/bin/bash
 # An sbatch that does what it is told {times} times and then says that it does not know.
 [[ $1 == --parsable ]] || exec {real} "$@"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,28 +14,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.requirements import REPOSITORY, SLURMKIT, need_slurm
+from tests.support.stub_ray import make_stub_ray
 
+# Seconds between two signs of life of a node: half of what is in use. A loaded machine must not miss four in a row.
+HEARTBEAT = "1"
 DEVCLUSTER = REPOSITORY / "scripts" / "devcluster"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A development cluster of four nodes, and slurmkit as its user calls it."""
+    """A development cluster, and slurmkit as its user calls it."""
 
     name: str
     configuration: str
+    stub_python: str
+    """The Python of jobs in which `ray start` starts a stub: see stub_ray.py."""
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "SLURM_CONF": self.configuration}
+        slurmkit = {"SLURMKIT_HEARTBEAT": HEARTBEAT, "SLURMKIT_PYTHON": self.stub_python}
+        return {**os.environ, "SLURM_CONF": self.configuration, **slurmkit}
 
     def slurmkit(
-        self, here: Path, *arguments: str | Path, timeout: float = 300, **environment: str
+        self, here: Path, *arguments: str | Path, timeout: float = 300, ray: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        """Run slurmkit. The jobs that it submits have a real Ray if the test is about `ray`, and else a stub."""
+        inherited = self.environment
+        if ray:
+            del inherited["SLURMKIT_PYTHON"]
         return subprocess.run(
             [SLURMKIT, *arguments],
             cwd=here,
-            env={**self.environment, **environment},
+            env={**inherited, **environment},
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -74,10 +86,12 @@ def development_cluster(name: str, *arguments: str | Path) -> Iterator[Cluster]:
     shared = [path for path in {REPOSITORY, Path(sys.prefix)} if path.is_relative_to("/tmp")]
     options = [word for path in shared for word in ("--shared", str(path))]
     subprocess.run([DEVCLUSTER, "up", "--name", name, *arguments, *options], check=True, timeout=120)
+    stub = Path(tempfile.mkdtemp(prefix="slurmkit-stub-", dir="/var/tmp"))
     try:
         line = subprocess.run([DEVCLUSTER, "env", "--name", name], check=True, capture_output=True, text=True).stdout
-        yield Cluster(name, line.partition("SLURM_CONF=")[2].strip())
+        yield Cluster(name, line.partition("SLURM_CONF=")[2].strip(), str(make_stub_ray(stub)))
     finally:
+        shutil.rmtree(stub)
         subprocess.run([DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
 
 

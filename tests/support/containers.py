@@ -59,7 +59,7 @@ class Machines:
     def submit(self, here: Path, job: dict[str, Any], *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
         job = {"name": "t", "python": sys.executable, **job, "env": {**self.podman_env, **job.get("env", {})}}
         (here / "job.yaml").write_text(yaml.safe_dump(job, allow_unicode=True))
-        return self.cluster.slurmkit(here, "submit", *words, **environ)
+        return self.cluster.slurmkit(here, "submit", *words, ray=True, **environ)
 
     def stopped_in_setup(self, here: Path, job: dict[str, Any], line: str, **environ: str) -> str:
         """What a shell line says after `fact` on the first node, in a job that ends before Ray starts."""

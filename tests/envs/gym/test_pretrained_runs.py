@@ -16,7 +16,7 @@ from tests.support.driver import Run, run
 from tests.support.gym_server import TOOLS, gym_server, lines
 from tests.support.requirements import SLURMKIT, need_smollm2
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.ray, pytest.mark.model]
 
 # SmolLM2's own template, with the tools in the system message.
 TEMPLATE = (
