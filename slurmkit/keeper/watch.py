@@ -42,7 +42,7 @@ class Watch:
             self.follow_up = FollowUp(meeting, queues=not stands_in)
         self._why = ""
         self._is_cancelled = False
-        self._looked = time.monotonic()
+        self._looked = time.monotonic() - BEAT  # the second node stands in only for a first that has looked
         self._beats: Dict[str, Tuple[str, int]] = {}
         self._progress: Optional[List[int]] = None
         self._progressed = time.monotonic()

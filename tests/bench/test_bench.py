@@ -21,6 +21,7 @@ from slurmkit.envs.environment import Task
 from slurmkit.errors import UserError
 from tests.support.requirements import SLURMKIT
 
+MARKS = {("vllm", "even"): pytest.mark.vllm, ("vllm", "rollouts"): (pytest.mark.vllm, pytest.mark.nightly)}
 # A Python with TRL, for those who have one: then the comparison is run whole.
 TRL_PYTHON = os.environ.get("TEST_TRL_PYTHON")
 
@@ -67,8 +68,14 @@ def test_a_conversation_turn_costs_the_driver_under_5_ms_of_cpu_time() -> None:
     assert figures["sequence_tokens"] > figures["prompt_tokens"] + 6 * 2 * 30
 
 
-@pytest.mark.parametrize("side", sampling.SIDES)
-@pytest.mark.parametrize("workload", sampling.WORKLOADS)
+@pytest.mark.parametrize(
+    ("side", "workload"),
+    [
+        pytest.param(side, workload, marks=MARKS.get((side, workload), ()))
+        for side in sampling.SIDES
+        for workload in sampling.WORKLOADS
+    ],
+)
 def test_sampling_is_measured_with_each_engine_and_with_transformers(side: str, workload: str) -> None:
     sizes = {"batch": 4, "prompt_tokens": 16, "new_tokens": 8, "rounds": 2, "threads": 1}
     settings = {"shape": "0.4m", "side": side, "workload": workload, **sizes}
@@ -132,6 +139,7 @@ def test_an_engine_that_made_other_work_gets_no_ratio(monkeypatch: pytest.Monkey
     assert any(row.startswith(problem) for row in rows)
 
 
+@pytest.mark.nightly
 def test_an_async_run_with_slow_episodes_reports_rate_ages_and_idle_time() -> None:
     settings = {"age": 1, "steps": 3, "prompts": 2, "generations": 2, "median_seconds": 0.05}
     found = measured("slow_episodes", settings)
@@ -229,6 +237,7 @@ def test_the_driver_s_part_of_a_step_is_told_by_its_parts(tmp_path: Path) -> Non
     assert len(figures["all_step_ms"]) == 3
 
 
+@pytest.mark.nightly
 def test_both_sides_train_on_exactly_the_forced_lengths(tmp_path: Path) -> None:
     settings = side_by_side.Settings(("tiny",), (1,), 3, 2, 8, 16, 16, 6.0, threads=1)
     trl = Path(TRL_PYTHON) if TRL_PYTHON else None

@@ -307,6 +307,7 @@ def test_if_node_one_dies_the_second_ends_the_job_and_the_run_resumes(
 ) -> None:
     job = submit(machines, here, "--until-done")
     job.is_up()
+    wait_until((job.attempt() / "bringup/watching").exists, "the first node has looked once")
     following = job.next()
     began = time.time()
     machine(machines, "kill-node", "node1")
@@ -530,10 +531,11 @@ def test_scancel_ends_everything_and_the_follow_up_too(
 def test_a_controller_that_restarts_is_not_noticed_by_a_running_job(machines: Cluster, here: Path, run: int) -> None:
     job = submit(machines, here, "--until-done")
     job.is_up()
-    job.next()
     # One that is killed before it has saved that the job runs starts it once more, as the test below has it.
     state, began = Path(machines.configuration).parents[1] / "local/slurmctld/job_state", time.time()
-    wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld has saved its state")
+    saved = ("stat", "-c", "%Y", str(state))
+    machines.ask("scontrol", "update", f"JobId={job.next()}", "Comment=a change, which it saves")
+    wait_until(lambda: int(machines.on_node("controller", *saved)) > began, "slurmctld has saved its state")
     machines.on_node("controller", "sh", "-c", "kill -9 $(pidof slurmctld)")
     time.sleep(3)
     machines.on_node("controller", "slurmctld")

@@ -37,7 +37,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     [
         pytest.param((*APART, "policy.generation.weight_transfer=disk"), id="torch apart, by disk"),
         pytest.param((*APART, *TWO_PROCESSES), id="vllm apart, on two processes"),
-        pytest.param(("cluster.num_nodes=2", "grpo.max_num_steps=3"), id="memory and broadcast"),
+        pytest.param(
+            ("cluster.num_nodes=2", "grpo.max_num_steps=3"), id="memory and broadcast", marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_engines_sample_with_the_policys_weights_after_every_update(

@@ -109,6 +109,7 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
 
 @pytest.mark.ray
 @pytest.mark.faults
+@pytest.mark.nightly
 def test_a_lost_node_is_named_and_what_is_left_goes_on_until_ray_is_lost(
     two_nodes: tuple[str, list[psutil.Process]], tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def engine_core(driver: subprocess.Popen[str]) -> psutil.Process | None:
 @pytest.mark.ray
 @pytest.mark.vllm
 @pytest.mark.faults
+@pytest.mark.nightly
 def test_a_dead_vllm_engine_restarts_until_the_limit_ends_the_run_cleanly(
     tmp_path: Path,
 ) -> None:

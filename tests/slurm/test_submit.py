@@ -48,7 +48,7 @@ def left_on(cluster: Cluster, node: str, job_id: str) -> list[str]:
     return [line for line in processes if "raylet" in line or "gcs_server" in line or "/tmp/sk-" in line] + files
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("nodes", [1, 4])
 def test_the_command_starts_when_every_node_and_gpu_is_registered(
     cluster: Cluster, shared_path: Path, nodes: int
 ) -> None:
@@ -272,6 +272,7 @@ def test_scancel_ends_everything_on_all_nodes(cluster: Cluster, shared_path: Pat
     assert end_of(shared_path / "results/x") == (143, "ended by Slurm: it was cancelled", [], True)
 
 
+@pytest.mark.nightly
 def test_a_job_that_reaches_its_time_limit_says_so(cluster: Cluster, shared_path: Path) -> None:
     done = cluster.slurmkit(shared_path, "submit", "-N", "1", "--time", "5", "--", "bash", "-c", "touch up; sleep 300")
     job_id = job_id_of(done.stdout)
@@ -298,7 +299,7 @@ def test_an_interrupted_wait_leaves_the_job_running(cluster: Cluster, shared_pat
     cluster.ask("scancel", job_id)
 
 
-@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_the_example_trains_across_all_nodes(cluster: Cluster, shared_path: Path, nodes: int) -> None:
     done = cluster.slurmkit(
         shared_path, "submit", "--wait", "-N", str(nodes), "--config", REPOSITORY / "examples/grpo_arithmetic.yaml",

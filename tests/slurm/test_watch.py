@@ -13,8 +13,8 @@ from tests.support.requirements import SLURMKIT
 OPTIONS = ["--set", "ray.num_cpus=1", "--set", "ray.object_store_memory=100000000", "--time", "10"]
 
 
-def submit(cluster: Cluster, here: Path, name: str, *words: str) -> str:
-    done = cluster.slurmkit(here, "submit", "--name", name, *OPTIONS, *words)
+def submit(cluster: Cluster, here: Path, name: str, *words: str, ray: bool = False) -> str:
+    done = cluster.slurmkit(here, "submit", "--name", name, *OPTIONS, *words, ray=ray)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[1]
 
@@ -31,7 +31,9 @@ def test_a_job_is_seen_in_the_queue_while_it_runs_and_at_its_end(cluster: Cluste
     site.write_text("price: {per_node_hour: 3600, currency: EUR}\n")
     script = f"until [ -e '{here}/go' ]; do sleep 0.2; done; exit 7"
     held = ["--set", "sbatch.hold=true", "--gres", "gpu:h100:2", "--", "bash", "-c", script]
-    job_id = submit(cluster, here, "one", "--nodes", "2", *held)
+    job_id = submit(
+        cluster, here, "one", "--nodes", "2", *held, ray=True
+    )  # whose start takes some seconds, in which it is seen
     state = states(cluster, here)["one"]
     assert (state["state"], state["job_id"]) == ("queued", job_id)
     assert state["reason"] == "held by its user: scontrol release lets it go on"

@@ -75,6 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return done
 
 
+@pytest.mark.nightly
 def test_a_real_model_calls_tools_and_is_trained_with_exact_logprobs(trained: Run) -> None:
     assert len(trained.lines) == 2
     assert min(trained.values("train:tool_calls_mean")) > 0
@@ -85,6 +86,7 @@ def test_a_real_model_calls_tools_and_is_trained_with_exact_logprobs(trained: Ru
     assert max(trained.values("train:token_mult_prob_error")) < 1 + 1e-3
 
 
+@pytest.mark.nightly
 def test_an_exported_real_model_opens_in_transformers(trained: Run, tmp_path: Path) -> None:
     command = [SLURMKIT, "export", trained.folder, tmp_path / "model", "--step", "latest", "--dtype", "bfloat16"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
