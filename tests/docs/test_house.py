@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import tomllib
 from typing import Any
 
 import yaml
@@ -20,12 +21,22 @@ def read(name: str) -> Any:
 def test_the_workflow_runs_the_readme_s_two_commands_on_a_fresh_debian() -> None:
     commands = re.findall(r"^(\./scripts/\w+)", TEXTS["README.md"], re.MULTILINE)
     assert commands == ["./scripts/quickstart", "./scripts/test"]
-    jobs = read(".github/workflows/test.yml")["jobs"].values()
-    started = [step["run"].split()[0] for job in jobs for step in job["steps"] if "./scripts" in step.get("run", "")]
-    assert started == commands
-    for job in jobs:
+    jobs = read(".github/workflows/test.yml")["jobs"]
+    for name, command in zip(("quickstart", "test"), commands, strict=True):
+        assert jobs[name]["steps"][-1]["run"].split()[0] == command
+    for job in jobs.values():
         container = job["container"]
         assert (container if isinstance(container, str) else container["image"]) == "debian:12"
+
+
+def test_the_workflow_has_a_job_for_each_lane_that_the_test_script_runs() -> None:
+    (pattern,) = re.findall(r"^  (unit .*)\) set --", (REPOSITORY / "scripts/test").read_text(), re.MULTILINE)
+    jobs = read(".github/workflows/test.yml")["jobs"]
+    lanes = jobs["test"]["strategy"]["matrix"]["lane"]
+    assert lanes == pattern.split(" | ")
+    marks = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    assert [*lanes, "nightly"] == [mark.partition(":")[0] for mark in marks]
+    assert jobs["lint"]["steps"][-1]["run"] == "./scripts/test lint"
 
 
 def test_hooks_run_offline_and_cover_the_checks_of_the_test_script() -> None:
