@@ -68,6 +68,7 @@ def test_a_job_is_seen_in_the_queue_while_it_runs_and_at_its_end(cluster: Cluste
     assert (usage["cost"], usage["currency"]) == (attempt["elapsed"] * 2, "EUR")
     assert 0 <= attempt["waited"] < 120
     # Slurm may forget it now: cut off from it, the files say the same.
+    (here / "nothing.conf").touch()  # Slurm's commands wait a minute for one that is not there
     away = cluster.slurmkit(here, "status", "one", SLURM_CONF=str(here / "nothing.conf"))
     assert "state          failed: " in away.stdout
 
