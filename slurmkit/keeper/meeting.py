@@ -120,7 +120,7 @@ class Meeting:
         """The last error of a file system or quota without space, "" if there was none."""
 
     def of(self, kind: str) -> Dict[str, str]:
-        """What nodes have published as KIND.NAME: text by name."""
+        """Return what nodes have published as KIND.NAME: text by name."""
         try:
             names = sorted(name for name in os.listdir(self.meet) if name.startswith(kind + "."))
         except OSError:
@@ -132,7 +132,7 @@ class Meeting:
         return text_of(os.path.join(self.meet, name))
 
     def has(self, name: str) -> bool:
-        """Whether it was published."""
+        """Return whether it was published."""
         return os.path.exists(os.path.join(self.meet, name))
 
     def publish(self, name: str, text: str = "", patience: float = 0.0) -> bool:

@@ -100,13 +100,13 @@ class Node:
         return self._name if self._meeting.text("head").startswith(address + ":") else address
 
     def remove_leftovers(self) -> None:
-        """What attempts of this run left here that were killed hard."""
+        """Remove what attempts of this run left here that were killed hard."""
         for name in os.listdir(os.path.dirname(self._meeting.folder)):
             if re.match(r"\d+\.\d+$", name) and name != self._meeting.attempt:
                 shutil.rmtree("/tmp/sk-" + name, ignore_errors=True)
 
     def memory_reports(self) -> Iterator[str]:
-        """What Ray, and then the kernel, killed for memory since this began."""
+        """Yield what Ray, and then the kernel, killed for memory since this began."""
         logs = os.path.join(self._scratch, "r/session_latest/logs")
         for name in ("raylet.out", "raylet.err"):
             found = re.search("Memory on the node .* limit", text_of(os.path.join(logs, name)))
@@ -185,7 +185,7 @@ def _processes() -> Iterator[Tuple[int, str]]:
 
 
 def _is_running(pid: int) -> bool:
-    """Whether the process has not ended; one that waits for its parent has."""
+    """Return whether the process has not ended. A zombie has."""
     return text_of(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1] not in ([], ["Z"], ["X"])
 
 

@@ -69,7 +69,7 @@ class Watch:
         return self.conclude()
 
     def _await_silent_nodes(self) -> None:
-        """Look on if the command failed and a node did not leave: srun may end before its signs of life are missed."""
+        """Watch on if the command failed and a node did not leave: srun may end before its heartbeats are missed."""
         deadline = time.monotonic() + (ENDING + 3) * BEAT
         while (
             self._meeting.text("exit_code") not in ("", "0", str(INTERRUPTED))

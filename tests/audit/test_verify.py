@@ -63,7 +63,7 @@ def test_verify_finds_the_same_job_everywhere_pending_running_and_ended(
             cluster.ask("scontrol", "release", job_id)
         if state == "COMPLETED":
             (project / "go").touch()
-        wait_until(lambda state=state: state_of(cluster, job_id) == state, f"job {job_id} is {state}")
+        wait_until(lambda state=state: state_of(cluster, job_id) == state, f"job {job_id} is {state}", 120)
         done = slurmkit(project / "jobs", "verify", job_id, SLURM_CONF=cluster.configuration)
         assert (done.code, verdicts(done), done.err) == (0, everywhere, "")
         assert "@@" not in done.out
@@ -115,7 +115,7 @@ def test_verify_reports_a_run_directory_overwritten_by_a_later_attempt(
 ) -> None:
     project, job_id, _ = job
     cluster.ask("scancel", job_id)
-    wait_until(lambda: state_of(cluster, job_id) == "CANCELLED", f"job {job_id} is cancelled")
+    wait_until(lambda: state_of(cluster, job_id) == "CANCELLED", f"job {job_id} is cancelled", 120)
     again = slurmkit(
         project, "submit", "--nodes", "1", "--set", "sbatch.hold=true", SLURM_CONF=cluster.configuration
     ).out

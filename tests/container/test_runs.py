@@ -87,7 +87,7 @@ def test_ray_and_the_command_run_inside_the_container_on_two_nodes(
     commands = [machines.cluster.on_node(node, "sh", "-c", "cat /proc/*/cmdline") for node in ("node1", "node2")]
     assert all("ray" in text and "`id`" not in text for text in commands), "no value stands in a command line"
     (work / "go").touch()
-    wait_until(lambda: is_over(machines), "the job ends")
+    wait_until(lambda: is_over(machines), "the job ends", 90)
     attempt = work / "results/t/attempts/latest"
     gpus = 8 if runtime == "pyxis" else 0
     assert (attempt / "driver.log").read_text().splitlines()[-1] == f"nodes 2 gpus {gpus} image inside"
@@ -121,7 +121,7 @@ def test_scancel_ends_what_runs_inside_and_leaves_nothing(machines: Machines, he
     done = machines.submit(here, job, "job.yaml", "--", "bash", "-c", script)
     wait_for(machines, here / "up", done)
     machines.cluster.ask("scancel", "--name", "t")
-    wait_until(lambda: is_over(machines), "the job ends")
+    wait_until(lambda: is_over(machines), "the job ends", 90)
     wait_until(lambda: machines.left() == [], "nothing is left", 30)
     assert "ended by Slurm" in next((here / "results/t").glob("slurm-*.out")).read_text()
 
@@ -133,7 +133,7 @@ def test_no_process_of_podman_outlives_a_step_that_slurm_kills(machines: Machine
     done = machines.submit(here, job, "job.yaml", "--", "true")
     wait_for(machines, here / "up", done)
     machines.cluster.ask("scancel", "--name", "t", "--signal", "KILL")
-    wait_until(lambda: is_over(machines), "the job ends")
+    wait_until(lambda: is_over(machines), "the job ends", 90)
     wait_until(
         lambda: not [line for line in machines.left() if "sleep" in line or "conmon" in line], "all are dead", 30
     )

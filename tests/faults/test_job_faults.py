@@ -210,7 +210,7 @@ def end_completing(cluster: Cluster, node: str) -> None:
 
 def nodes_are_idle(cluster: Cluster) -> None:
     """Wait until jobs may run on all nodes: `idle*` is a node that does not answer."""
-    wait_until(lambda: set(cluster.ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "all nodes are idle")
+    wait_until(lambda: set(cluster.ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "all nodes are idle", 120)
 
 
 def kill_raylet(cluster: Cluster, node: str) -> None:

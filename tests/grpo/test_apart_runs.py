@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.driver import TINY, run, two_ray_nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = pytest.mark.ray
 
 APART = (
     "cluster.num_nodes=2",
@@ -36,7 +36,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     "settings",
     [
         pytest.param((*APART, "policy.generation.weight_transfer=disk"), id="torch apart, by disk"),
-        pytest.param((*APART, *TWO_PROCESSES), id="vllm apart, on two processes"),
+        pytest.param((*APART, *TWO_PROCESSES), id="vllm apart, on two processes", marks=pytest.mark.vllm),
         pytest.param(
             ("cluster.num_nodes=2", "grpo.max_num_steps=3"), id="memory and broadcast", marks=pytest.mark.nightly
         ),

@@ -27,6 +27,17 @@ __all__ = ["meeting"]  # a fixture
 FOR_EVER = Limits(until_done=True, max_attempts=None, max_hours=None, trains=True)
 
 
+@pytest.mark.parametrize("text", ["fast", "0", "nan", "61"])
+def test_a_heartbeat_that_is_no_number_of_seconds_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "keeper.py").write_text(keeper_text())
+    environment = {**os.environ, "SLURMKIT_HEARTBEAT": text}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "keeper.py", "begin"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    expected = f"error: SLURMKIT_HEARTBEAT={text} is not a number of seconds above 0 and up to 60\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
 LOST = {"failed.node2": "no sign of life for 20 s", "bad.node2": "no sign of life for 20 s"}
 
 

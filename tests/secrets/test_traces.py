@@ -58,7 +58,7 @@ def submitted(cluster: Cluster, here: Path, *arguments: str | Path, **environmen
 
 
 def wait_for_end(cluster: Cluster, job_id: str) -> None:
-    wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job_id).strip(), "the job ends")
+    wait_until(lambda: not cluster.ask("squeue", "-h", "-j", job_id).strip(), "the job ends", 150)
 
 
 def kept_private(path: Path, value: str) -> Path:
@@ -103,7 +103,7 @@ def test_secrets_reach_the_driver_and_ray_s_workers_and_leave_no_trace(
     )  # fmt: skip
     run_dir = shared_path / "results/grpo_arithmetic"
     traces = Traces(plain_cluster, job_id, since, run_dir / "attempts/latest")
-    wait_until((run_dir / "step_2/manifest.json").exists, "two steps and a checkpoint")
+    wait_until((run_dir / "step_2/manifest.json").exists, "two steps and a checkpoint", 150)
 
     driver = rf"^{re.escape(os.path.dirname(sys.executable))}/python\S* -m slurmkit\.grpo"
     for node, process in (("node1", driver), ("node1", "^ray::Pol"), ("node2", "^ray::Pol")):
@@ -185,7 +185,7 @@ def test_each_part_of_the_search_finds_what_leaks_there(
     traces = Traces(plain_cluster, job_id, since, run_dir / "attempts/latest")
     home = Path.home() / ".cache" / f"leak-{job_id}"
     try:
-        wait_until((shared_path / "leaked").exists, "all leaks are made")
+        wait_until((shared_path / "leaked").exists, "all leaks are made", 150)
         log = traces.state / "log/leak.log"
         log.write_text(f"said {canaries['LEAK_DRIVER_LOG']}")
         hits = traces.everywhere({**canaries, "comment": comment}, running=True)
@@ -226,7 +226,7 @@ def test_a_cluster_whose_accounting_keeps_environments_is_warned_of(cluster: Clu
     assert done.stderr.startswith("warning: this cluster's accounting keeps every job's environment")
     assert "MY_TOKEN" in done.stderr
     job_id = done.stdout.split()[1]
-    wait_until(lambda: value in cluster.ask("sacct", "--jobs", job_id, "--env-vars"), "the warning is true")
+    wait_until(lambda: value in cluster.ask("sacct", "--jobs", job_id, "--env-vars"), "the warning is true", 150)
     cluster.ask("scancel", job_id)
     wait_for_end(cluster, job_id)
 

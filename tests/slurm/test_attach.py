@@ -38,7 +38,7 @@ def place(machines: Machines) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="slurmkit-attach-", dir="/var/tmp") as folder:
         yield Path(folder)
         machines.cluster.ask("scancel", "--user", "root")
-        wait_until(lambda: is_over(machines), "the job ends")
+        wait_until(lambda: is_over(machines), "the job ends", 90)
 
 
 def in_terminal(machines: Machines, place: Path, line: str, *options: str) -> tuple[int, str]:
@@ -114,7 +114,7 @@ def test_attach_shell_shares_the_commands_env_and_ray_and_keeps_its_code(
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_until(lambda: (place / "in").exists(), "it is attached")
+        wait_until(lambda: (place / "in").exists(), "it is attached", 90)
         arguments = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
         assert not any(SECRET.encode() in words for words in arguments), "nodes' processes are this machine's, too"
         out, _ = process.communicate("\n", timeout=60)
@@ -129,7 +129,7 @@ def test_attach_shell_shares_the_commands_env_and_ray_and_keeps_its_code(
         time.sleep(1)
         (place / "stop").touch()
         assert process.wait(60) != 0
-    wait_until(lambda: is_over(machines), "the job ends")
+    wait_until(lambda: is_over(machines), "the job ends", 90)
     assert machines.left() == []
     done = attached("t")
     assert done.returncode == 2
@@ -150,7 +150,7 @@ def test_a_run_that_waits_or_is_another_user_s_is_refused_and_said(machines: Mac
         folder.mkdir(parents=True)
         (folder / "start.json").write_text(json.dumps({"job_id": job_id, "started": time.time(), "nodes": "node1"}))
         (folder / "driver.log").touch()
-        wait_until(lambda: machines.cluster.ask("squeue", "-h", "-o", "%T", "-j", job_id) == "RUNNING\n", "it runs")
+        wait_until(lambda: machines.cluster.ask("squeue", "-h", "-o", "%T", "-j", job_id) == "RUNNING\n", "it runs", 90)
         done = machines.cluster.slurmkit(place, "attach", "other", "--", "true")
         assert done.returncode == 2
         assert f"job {job_id} of other is another user's" in done.stderr

@@ -147,7 +147,7 @@ def runs(mixed: Cluster) -> Iterator[Runs]:
             submit(f"form{number}", keys, "python", "seen.py", *([str(len(devices))] if devices else []))
         show = 'echo "$SLURM_ARRAY_TASK_ID $RAY_ADDRESS"; [[ $SLURM_ARRAY_TASK_ID == 1 ]] || exit 3'
         submit("array", {"array": "1-2", "nodelist": "node3"}, "bash", "-c", show)
-        wait_until((folder / "up.scancel").exists, "the driver of scancel starts")
+        wait_until((folder / "up.scancel").exists, "the driver of scancel starts", 120)
         mixed.ask("scancel", "--signal=USR2", jobs["scancel"])
         wait_until(lambda: not mixed.ask("squeue", "-h").strip(), "all jobs end", 200)
         yield Runs(folder, jobs)

@@ -37,7 +37,7 @@ def test_jobs_from_inside_a_job_outlive_it_on_the_same_node(cluster: Cluster, sh
     submitted = cluster.slurmkit(shared_path, "submit", *options, "--", "bash", "-c", script)
     assert submitted.returncode == 0, submitted.stderr
     outer = job_of(submitted.stdout)
-    wait_until((shared_path / "up-inner").exists, "the inner run starts")
+    wait_until((shared_path / "up-inner").exists, "the inner run starts", 120)
     typed = cluster.slurmkit(
         shared_path,
         "attach",
@@ -59,7 +59,7 @@ def test_jobs_from_inside_a_job_outlive_it_on_the_same_node(cluster: Cluster, sh
     assert sorted(running.splitlines()) == [f"{name} RUNNING" for name in ("bare", "inner", "plain", "typed")]
     for job in jobs.values():
         assert cluster.ended(job) == "COMPLETED|0:0"
-    wait_until(lambda: all((shared_path / f"done-{name}").exists() for name in (*jobs, "inner")), "all end")
+    wait_until(lambda: all((shared_path / f"done-{name}").exists() for name in (*jobs, "inner")), "all end", 120)
     inner = dict(entry.partition("=")[::2] for entry in (shared_path / "inner.env").read_text().split("\0"))
     assert inner["SK_ATTEMPT"].partition(".")[0] != outer
     ours = {name: value for name, value in inner.items() if name.startswith(("SK_", "RAY_", "TMPDIR"))}

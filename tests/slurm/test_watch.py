@@ -50,7 +50,7 @@ def test_a_job_is_seen_in_the_queue_while_it_runs_and_at_its_end(cluster: Cluste
         seen.append((state["state"], state["reason"]))
         return state["state"] == "running"
 
-    wait_until(runs, f"job {job_id} runs: {seen}")
+    wait_until(runs, f"job {job_id} runs: {seen}", 120)
     assert ("starting", "0 of 2 nodes ready") in seen or ("starting", "1 of 2 nodes ready") in seen
     state = states(cluster, here)["one"]
     assert state["nodes"].startswith("node[")
@@ -82,9 +82,9 @@ def test_cancelling_ends_exactly_that_run_in_the_queue_or_not(cluster: Cluster, 
     behind = cluster.ask(
         "sbatch", "--parsable", f"--dependency=afterany:{running}", f"{here}/results/running/job.sbatch"
     ).strip()
-    wait_until(lambda: (here / f"results/running/attempts/{running}.0").exists(), "the attempt begins")
+    wait_until(lambda: (here / f"results/running/attempts/{running}.0").exists(), "the attempt begins", 120)
     (here / f"results/running/attempts/{running}.0/next").write_text(f"{behind}\n")
-    wait_until(lambda: states(cluster, here)["running"]["state"] == "running", "it runs")
+    wait_until(lambda: states(cluster, here)["running"]["state"] == "running", "it runs", 120)
     assert states(cluster, here)["running"]["next"] == behind
     # A folder copied by hand names another run's job.
     (here / "results/copy").mkdir()

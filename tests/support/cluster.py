@@ -95,7 +95,7 @@ def development_cluster(name: str, *arguments: str | Path) -> Iterator[Cluster]:
         subprocess.run([DEVCLUSTER, "down", "--name", name], check=True, timeout=120)
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
     """Wait until the condition holds. Fail after `seconds` with `what` was waited for."""
     deadline = time.monotonic() + seconds
     while not condition():

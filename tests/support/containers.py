@@ -138,7 +138,7 @@ def container_machines() -> Iterator[Machines]:
 
 def wait_for(machines: Machines, path: Path, done: subprocess.CompletedProcess[str]) -> None:
     """Until the command has made the file; a job that ends without it is shown."""
-    wait_until(lambda: path.exists() or is_over(machines), f"{path} or the job's end")
+    wait_until(lambda: path.exists() or is_over(machines), f"{path} or the job's end", 90)
     if not path.exists():
         run_dir = path.parent / "results/t"
         logs = [*run_dir.glob("slurm-*.out"), *run_dir.glob("attempts/latest/*.log")]

@@ -25,7 +25,7 @@ from tests.support.tiny_model import tiny_config
 OPTIMIZER = {"kwargs": {"lr": 1e-2, "eps": 1e-3}}
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["slurmkit.grpo.policy_worker", "slurmkit.grpo.adapters", "tiny"])
+_context.set_forkserver_preload(["slurmkit.grpo.policy_worker", "slurmkit.grpo.adapters", "tests.support.tiny_model"])
 
 
 def a_sample(length: int, advantage: float, *, trained: bool = True) -> Sample:
